@@ -1,0 +1,52 @@
+# `make quickstart` and `make test` do their own set-up; everything lands in .venv, data/ and papermill_runs/.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+NUM_ROOMS ?= 150
+DATA := $(or $(ROOMPLAN_DATA),data)
+
+.PHONY: help install quickstart test test-slow lint lab figures clean
+
+help:
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(VENV)/.installed ## build .venv with tested versions
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 install"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "python venv is missing; run: apt-get install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[cpu,notebooks,test]'
+	@$(BIN)/python -m roomplan_lib.system
+	@touch $@
+
+quickstart: install ## rooms -> training -> predictions -> scores -> picture, on the embedded rooms
+	$(BIN)/roomplan rooms --output $(DATA)/raw/rooms --num-rooms $(NUM_ROOMS) --seed 0
+	$(BIN)/roomplan prepare arkitscenes --root $(DATA)/raw/rooms --output $(DATA)/processed/rooms
+	@for file in $(DATA)/processed/rooms/*.jsonl; do $(BIN)/roomplan validate $$file || exit 1; done
+	@mkdir -p papermill_runs/quickstart
+	$(BIN)/papermill notebooks/03_train.ipynb papermill_runs/quickstart/03_train.ipynb \
+	  -f papermill_runs/params/tiny.yaml -p run_name quickstart --log-output --no-progress-bar
+	@echo "papermill_runs/quickstart/: 03_train.ipynb run.yaml metrics.jsonl predictions.jsonl scores.json"
+	@echo "figures/quickstart_anchors.png: predicted (orange) and true (blue) anchors"
+
+test: install lint ## the checks that CI runs
+	$(BIN)/python -m pytest -q -m 'not slow'
+
+test-slow: install lint ## all tests, also those that take minutes
+	$(BIN)/python -m pytest -q
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/nbstripout --verify notebooks/*.ipynb
+
+lab: install ## JupyterLab on this machine, opened at the notebooks
+	$(BIN)/jupyter lab --ip=127.0.0.1 notebooks
+
+clean: ## remove .venv and caches; keeps data/ and papermill_runs/
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +

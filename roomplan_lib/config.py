@@ -1,0 +1,244 @@
+"""Settings of a run: strict frozen dataclasses. The defaults make the tiny run; a stage file states every field."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train_files: tuple[str, ...] = ()  # JSONL files of samples; a leading data/ is $ROOMPLAN_DATA where that is set
+    eval_files: tuple[str, ...] = ()  # held-out samples for the validation loss and for predictions
+    image_size: int = 112  # pixels of a view's longest side; both sides become multiples of the patch size
+    max_length: int = 384  # tokens of prompt + response; a longer sample is an error, never cut
+    visual_first: bool = True  # visual tokens before the question (else after it)
+    cache_scenes: int = 4096  # decoded view sets kept in memory (uint8), 0 = decode every time
+    num_workers: int = 0  # loader processes
+
+    @property
+    def train_paths(self) -> tuple[Path, ...]:
+        return tuple(map(data_path, self.train_files))
+
+    @property
+    def eval_paths(self) -> tuple[Path, ...]:
+        return tuple(map(data_path, self.eval_files))
+
+
+@dataclass(frozen=True)
+class ResamplerConfig:
+    num_latents: int = 32  # visual tokens it writes
+    num_layers: int = 2
+    width: int = 128  # latent width
+    ffn_width: int = 512
+    head_width: int = 32
+    max_views: int = 32  # rows of the learned view embedding
+
+
+@dataclass(frozen=True)
+class GeometryConfig:
+    num_tokens: int = 4  # geometry tokens (G); 0 = none
+    width: int = 128
+    head_width: int = 32
+
+
+@dataclass(frozen=True)
+class PositionsConfig:
+    method: str = "mlp_pe"  # base | sin3d_pe | mlp_pe | a registered name; reads depth + pose unless base
+    coordinates: Literal["metric", "discrete"] = "metric"  # metres, or 0.1 m voxels as Video-3D-LLM
+    width: int = 128  # hidden width of mlp_pe
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@dataclass(frozen=True)
+class LanguageModelConfig:
+    name: str = ""  # hub id or folder of a causal language model; "" = built from `config`, random weights
+    config: dict = field(default_factory=dict)  # fields of transformers.Qwen3Config, read when name is ""
+    tokenizer: str = ""  # hub id or folder; "" = that of `name`, or a byte-level BPE trained on the run's own text
+    vocab_size: int = 640  # of the trained BPE
+    freeze: bool = False
+    lora: LoraSettings | None = None
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    vggt: dict = field(default_factory=dict)  # fields of VGGTConfig; {} = VGGT-1B
+    vggt_weights: str = ""  # .pt, .safetensors or folder; "" = random weights
+    freeze_vggt: bool = False
+    tap_layers: tuple[int, ...] = (-1,)  # aggregator outputs that the resampler reads
+    resampler: ResamplerConfig = field(default_factory=ResamplerConfig)
+    geometry: GeometryConfig = field(default_factory=GeometryConfig)
+    positions: PositionsConfig = field(default_factory=PositionsConfig)
+    language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    max_steps: int = 600  # optimizer steps
+    micro_batch_size: int = 48  # samples per process and forward pass
+    group_size: int = 12  # samples of one view set that share one encoding; micro_batch_size is a multiple of it
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1.0e-3  # language model or its LoRA
+    resampler_learning_rate: float = 1.0e-3  # resampler, geometry tokens, positions
+    encoder_learning_rate: float = 1.0e-3  # VGGT, where it is not frozen
+    weight_decay: float = 0.01  # matrices only
+    warmup_ratio: float = 0.05
+    lr_scheduler: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    max_grad_norm: float = 1.0
+    bf16: bool = False
+    log_every_steps: int = 10
+    eval_every_steps: int = 100  # 0 = never
+    num_eval_samples: int = 256  # of the held-out samples, for the validation loss
+    save_every_steps: int = 100
+    keep_checkpoints: int = 2
+    device: str = "auto"  # auto | cpu | cuda
+
+
+@dataclass(frozen=True)
+class PredictionConfig:
+    num_scenes: int = 0  # held-out scenes, 0 = all
+    max_new_tokens: int = 96
+    batch_size: int = 64
+    controls: tuple[str, ...] = ("blind", "shuffled")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    run_name: str = "tiny"
+    runs_dir: str = "papermill_runs"
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    prediction: PredictionConfig = field(default_factory=PredictionConfig)
+
+    def __post_init__(self) -> None:
+        if not self.run_name or Path(self.run_name).name != self.run_name:
+            raise ValueError(f"run_name: expected a plain folder name, got {self.run_name!r}")
+        training = self.training
+        for name in ("max_steps", "micro_batch_size", "group_size", "gradient_accumulation_steps", "log_every_steps"):
+            if getattr(training, name) < 1:
+                raise ValueError(f"training.{name}: expected at least 1, got {getattr(training, name)}")
+        if training.micro_batch_size % training.group_size:
+            raise ValueError(
+                f"training.micro_batch_size: expected a multiple of group_size {training.group_size}, "
+                f"got {training.micro_batch_size}"
+            )
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs_dir) / self.run_name
+
+
+def data_path(path: str) -> Path:
+    """Where a file named in a stage file lies: `data/...` moves below $ROOMPLAN_DATA when that is set."""
+    root = os.environ.get("ROOMPLAN_DATA")
+    parts = Path(path).expanduser().parts
+    return Path(root, *parts[1:]) if root and parts[:1] == ("data",) else Path(*parts)
+
+
+def parse(kind: type[T], data: Any, path: str = "") -> T:
+    """Builds the dataclass `kind` from plain data; an unknown key or a wrong type raises ValueError with its path."""
+    if not isinstance(data, dict):
+        raise ValueError(f"{path or kind.__name__}: expected a mapping of settings, got {type(data).__name__} {data!r}")
+    hints = typing.get_type_hints(kind)
+    known = {f.name: hints[f.name] for f in dataclasses.fields(kind)}
+    for key in data:
+        if key not in known:
+            raise ValueError(f"{_join(path, key)}: unknown setting; known here: {', '.join(known)}")
+    return kind(**{key: _convert(known[key], value, _join(path, key)) for key, value in data.items()})
+
+
+def load_run_config(path: str | Path, **overrides: Any) -> RunConfig:
+    """The run described by a YAML stage file, with top-level `overrides`.
+
+    Raises ValueError for an unreadable file, an unknown key or a value of the wrong type.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: cannot read the settings: {error}") from None
+    return parse(RunConfig, {**(data or {}), **{k: v for k, v in overrides.items() if v is not None}})
+
+
+def run_config_from_notebook(namespace: dict[str, Any]) -> RunConfig:
+    """The run that a notebook's parameters describe; pass `globals()` right after the parameters cell.
+
+    papermill injects unknown parameters without a word, so every public variable that is no field of RunConfig
+    is refused here.
+    """
+    notebook_names = {"In", "Out", "exit", "quit", "open", "get_ipython"}
+    values = {
+        name: value
+        for name, value in namespace.items()
+        if not name.startswith("_")
+        and name not in notebook_names
+        and not callable(value)
+        and not isinstance(value, types.ModuleType)
+    }
+    return parse(RunConfig, values)
+
+
+def to_dict(config: Any) -> dict:
+    """Plain data (dicts, lists, scalars) of a config, as written to run.yaml."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def _join(path: str, key: Any) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):  # only `X | None` is used
+        return None if value is None else _convert(next(a for a in args if a is not type(None)), value, path)
+    if origin is Literal:
+        if value not in args:
+            raise ValueError(f"{path}: expected one of {', '.join(map(str, args))}, got {value!r}")
+        return value
+    if dataclasses.is_dataclass(hint):
+        return parse(hint, value, path)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{path}: expected a list, got {type(value).__name__} {value!r}")
+        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
+        if len(kinds) != len(value):
+            raise ValueError(f"{path}: expected {len(kinds)} values, got {len(value)}")
+        return tuple(_convert(k, v, f"{path}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+    if hint is float and type(value) in (int, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{path}: expected a finite number, got {value!r}")
+        return float(value)
+    if type(value) is hint:
+        return value
+    advice = ""
+    if hint in (int, float) and isinstance(value, str):
+        try:
+            example = f"{float(value):.1e}" if hint is float else int(float(value))
+            advice = f" (YAML reads this as text; write {example})"
+        except ValueError:
+            pass
+    raise ValueError(f"{path}: expected {hint.__name__}, got {type(value).__name__} {value!r}{advice}")
