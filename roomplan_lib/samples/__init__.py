@@ -1,0 +1,225 @@
+"""The record: one training or evaluation sample as a line of a JSONL file, with a manifest beside the file.
+
+Keys of a record (* = always there):
+
+    images*      [V] paths of the pictures, POSIX, relative to the manifest's `root`
+    geom_token*  {R [V, 9], t [V, 3], K [V, 9], depth_hist [V, 16]} or null. R, t: camera_to_world in the scene's own
+                 frame (row-major; metres). K: row-major, pixels of the stored picture. depth_hist: share of the valid
+                 depth pixels per bin of DEPTH_BIN_EDGES, all zero for a view without depth
+    task*        "place_anchor", "qa_existence", "qa_count", ...
+    scene_id*
+    question + answer, or instruction + action_json (text of one JSON object, metres in the scene's own frame)
+    situation, answers, question_id, object_ids, view_ids, split, source
+    depths       [V] paths of the depth pictures, like images
+    boxes        [{label, center [3], extent [3], rotation [9] row-major, object_id}] of the instances asked for
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+import numpy as np
+
+from roomplan_lib.geometry import OrientedBox
+
+# Metres. Finer where indoor depth lies; fixed, so that a histogram keeps the metric scale.
+DEPTH_BIN_EDGES = np.array([0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6, 8, np.inf])
+RECORD_KEYS = ("images", "geom_token", "task", "scene_id")
+BUILD_AGAIN = "build the file again with `prepare`"
+
+
+def depth_histogram(depth: np.ndarray | None) -> np.ndarray:
+    """[16] share of the valid pixels of a depth image [H, W] (metres, 0 = missing) per bin of DEPTH_BIN_EDGES.
+
+    All zero when there is no depth image or no valid pixel.
+    """
+    if depth is None:
+        return np.zeros(len(DEPTH_BIN_EDGES) - 1)
+    counts, _ = np.histogram(depth[np.isfinite(depth) & (depth > 0)], DEPTH_BIN_EDGES)
+    return counts / max(counts.sum(), 1)
+
+
+def box_record(box: OrientedBox) -> dict:
+    """A box as the record holds it; rounded to 0.1 mm and 1e-6 in the rotation."""
+    return {
+        "label": box.label,
+        "center": rounded(box.center, 4),
+        "extent": rounded(box.extent, 4),
+        "rotation": rounded(box.rotation, 6),
+        "object_id": box.object_id,
+    }
+
+
+def box_from_record(entry: dict) -> OrientedBox:
+    """Inverse of `box_record`. Raises ValueError for a missing key or numbers that make no box."""
+    try:
+        rotation = np.array(entry["rotation"], dtype=np.float64).reshape(3, 3)
+        return OrientedBox(entry["center"], entry["extent"], rotation, entry["label"], str(entry["object_id"]))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"box of a record: {type(error).__name__} {error}; {BUILD_AGAIN}") from None
+
+
+def iter_samples(path: Path | str) -> Iterator[tuple[int, dict | ValueError]]:
+    """(line number, record) of a JSONL file or (position, record) of a JSON array, from 1.
+
+    A line that is no JSON object comes as a ValueError that names file and line, for the caller to raise or to list.
+    """
+    path = Path(path)
+    try:
+        with path.open(encoding="utf-8") as file:
+            start = file.read(1)
+            file.seek(0)
+            if start == "[":
+                entries = enumerate(_parse(file.read(), f"{path}"), 1)
+                for number, entry in entries:
+                    yield number, _as_record(entry, f"{path}: record {number}")
+                return
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    entry = _parse(line, f"{path}:{number}")
+                except ValueError as error:
+                    yield number, error
+                    continue
+                yield number, _as_record(entry, f"{path}:{number}")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file of samples; {BUILD_AGAIN}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error}); {BUILD_AGAIN}") from None
+
+
+def read_samples(path: Path | str) -> list[dict]:
+    """All records of a JSONL file or JSON array. Raises ValueError naming file and line for anything unreadable."""
+    samples = []
+    for _, sample in iter_samples(path):
+        if isinstance(sample, ValueError):
+            raise sample
+        samples.append(sample)
+    return samples
+
+
+def write_samples(path: Path | str, samples: Iterable[dict], manifest: dict) -> None:
+    """Write a JSONL file and its manifest; each appears whole or not at all (temporary name, then rename).
+
+    manifest: needs `root`, the folder that image paths are relative to; stored relative to the manifest's own folder.
+    What else it holds (`settings`, `visits`, ...) is kept. Counts per task and split, scene ids and the file's sha256
+    are added. `samples` may be a generator: one record is held at a time.
+    Raises ValueError for a manifest without `root` or a sample that is not finite JSON.
+    """
+    path = Path(path)
+    if "root" not in manifest:
+        raise ValueError("manifest: needs `root`, the folder that the samples' image paths are relative to")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tasks, splits, scene_ids, digest = Counter(), Counter(), set(), hashlib.sha256()
+    with _new_file(path) as file:
+        for number, sample in enumerate(samples, 1):
+            try:
+                line = json.dumps(sample, allow_nan=False, ensure_ascii=False).encode() + b"\n"
+                tasks[sample["task"]] += 1
+                splits[sample.get("split", "")] += 1
+                scene_ids.add(sample["scene_id"])
+            except (TypeError, ValueError, KeyError) as error:
+                raise ValueError(f"{path}: sample {number}: {type(error).__name__} {error}") from None
+            digest.update(line)
+            file.write(line)
+    entries = {
+        **manifest,
+        "root": Path(os.path.relpath(Path(manifest["root"]).resolve(), path.parent.resolve())).as_posix(),
+        "file": path.name,
+        "sha256": digest.hexdigest(),
+        "num_samples": tasks.total(),
+        "tasks": dict(sorted(tasks.items())),
+        "splits": dict(sorted(splits.items())),
+        "scene_ids": sorted(scene_ids),
+    }
+    # The manifest goes last: a crash in between leaves a hash that does not match, which `validate` reports.
+    write_json(manifest_path(path), entries)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file under a temporary name, then rename it."""
+    with _new_file(path) as file:
+        file.write((json.dumps(value, allow_nan=False, ensure_ascii=False) + "\n").encode())
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file for writing that takes its name only when the block ends well."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner reads
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def manifest_path(path: Path | str) -> Path:
+    """`<stem>.manifest.json` beside a file of samples."""
+    path = Path(path)
+    return path.with_name(f"{path.stem}.manifest.json")
+
+
+def read_manifest(path: Path | str) -> dict:
+    """The manifest of a file of samples. Raises ValueError when it is missing or unreadable."""
+    where = manifest_path(path)
+    try:
+        manifest = _parse(where.read_text(encoding="utf-8"), str(where))
+    except FileNotFoundError:
+        raise ValueError(f"{where}: the manifest is missing; {BUILD_AGAIN}") from None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("root"), str):
+        raise ValueError(f"{where}: expected an object with the text `root`; {BUILD_AGAIN}")
+    return manifest
+
+
+def sample_root(path: Path | str) -> Path:
+    """Absolute folder that the image paths of a file of samples are relative to.
+
+    A file without a manifest (written by hand or by other tools) keeps its pictures below its own folder.
+    """
+    path = Path(path).absolute()
+    if not manifest_path(path).exists():
+        return path.parent
+    return Path(os.path.normpath(path.parent.resolve() / read_manifest(path)["root"]))
+
+
+def resolve_image(root: Path | str, relative: str) -> Path:
+    """`root / relative`. Raises ValueError for an absolute path or one that climbs out of `root`."""
+    parts = PurePosixPath(relative)
+    if parts.is_absolute() or ".." in parts.parts or "\\" in relative or not parts.parts:
+        raise ValueError(f"{relative!r}: expected a path below {root}, without `..`, absolute starts or backslashes")
+    return Path(root) / parts
+
+
+def rounded(values: np.ndarray, decimals: int) -> list[float]:
+    """Flat list of rounded floats, without negative zeros."""
+    return [float(value) + 0.0 for value in np.round(np.asarray(values, dtype=np.float64), decimals).ravel()]
+
+
+def _as_record(entry: object, where: str) -> dict | ValueError:
+    if isinstance(entry, dict):
+        return entry
+    return ValueError(f"{where}: expected a JSON object, got {type(entry).__name__}; {BUILD_AGAIN}")
+
+
+def _parse(text: str, where: str) -> object:
+    """JSON without NaN and Infinity, which are no JSON."""
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: invalid or truncated JSON ({error}); {BUILD_AGAIN}") from None
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number")

@@ -1,0 +1,794 @@
+import hashlib
+import itertools
+import json
+import re
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scene_files import SIZE, K, box, ray_depth, walk, write_scene
+from shapely.geometry import Polygon
+
+from roomplan_lib.geometry import OrientedBox, box_corners, points_in_box, project, rotation_z, unproject
+from roomplan_lib.samples import (
+    DEPTH_BIN_EDGES,
+    box_from_record,
+    box_record,
+    depth_histogram,
+    manifest_path,
+    read_manifest,
+    read_samples,
+    resolve_image,
+    sample_root,
+    write_samples,
+)
+from roomplan_lib.samples.anchors import build_anchors, place_anchor_action
+from roomplan_lib.samples.describe import category_text, footprint_gap, plural, unique_phrases, upright, with_article
+from roomplan_lib.samples.prepare import prepare_arkitscenes
+from roomplan_lib.samples.qa import MAX_PER_TASK, build_qa
+from roomplan_lib.samples.validate import summarise, validate_file
+from roomplan_lib.samples.views import (
+    choose_views,
+    geometry_record,
+    greedy_coverage,
+    max_baseline,
+    select_views,
+    view_points,
+)
+from roomplan_lib.samples.visibility import pixels_in_boxes, visible_boxes
+from roomplan_lib.scenes import CATEGORIES, Scene, load_depth
+from roomplan_lib.scenes.arkitscenes import read_scene
+
+FURNITURE = [
+    box("bed", 1.8, 1.2, 0.3, (2.0, 1.5, 0.6), "b1"),
+    box("chair", -2, 1.5, -1.1, uid="c1"),
+    box("chair", -2, -1.5, 0.4, uid="c2"),
+    box("table", 1.5, -1.5, 0.1, (1.2, 0.8, 0.75), "t1"),
+    box("tv_monitor", -2.8, 0, 1.57, (1, 0.1, 0.6), "tv", z=1.2),
+    box("cabinet", 0, 2.2, 0, (1, 0.5, 1.5), "k1"),
+]
+COLORS = {"b1": "red", "c1": "blue", "c2": "green", "t1": "brown", "tv": "black", "k1": "white"}
+
+
+def scene_of(boxes, colors=None, scene_id="42444499") -> Scene:
+    """A scene without pictures, for the builders, which look at boxes alone."""
+    return Scene(scene_id, [], list(boxes), "arkitscenes", "train", colors=colors or {})
+
+
+def random_scene(seed: int) -> Scene:
+    """Boxes at random places, sizes and angles; some categories several times, some objects near each other."""
+    rng = np.random.default_rng(seed)
+    labels = rng.choice(CATEGORIES, rng.integers(4, 9)).tolist()
+    boxes = [
+        box(label, *rng.uniform(-3, 3, 2), rng.uniform(-3.1, 3.1), rng.uniform(0.3, 2.0, 3), uid=f"u{i}")
+        for i, label in enumerate(labels)
+    ]
+    colors = {item.object_id: str(rng.choice(["red", "blue", "green"])) for item in boxes}
+    return scene_of(boxes, colors if seed % 2 else {}, f"{seed:08d}")
+
+
+def all_seen(scene: Scene) -> np.ndarray:
+    return np.ones(len(scene.boxes), dtype=bool)
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory) -> Scene:
+    return read_scene(write_scene(tmp_path_factory.mktemp("scene"), FURNITURE, colors=COLORS, poses=walk(12)))
+
+
+# The record -----------------------------------------------------------------------------------------------------------
+
+
+def test_samples_and_manifest_round_trip(tmp_path):
+    samples = [
+        {"task": "qa_count", "scene_id": "b", "split": "val", "answer": "zwölf"},
+        {"task": "place_anchor", "scene_id": "a", "split": "val"},
+    ]
+    path = tmp_path / "processed" / "qa_val.jsonl"
+    (tmp_path / "raw").mkdir()
+    write_samples(path, iter(samples), {"root": tmp_path / "raw", "settings": {"seed": 3}})
+    assert read_samples(path) == samples
+    manifest = read_manifest(path)
+    assert manifest["root"] == "../raw" and sample_root(path) == tmp_path / "raw"
+    assert manifest["tasks"] == {"place_anchor": 1, "qa_count": 1} and manifest["splits"] == {"val": 2}
+    assert manifest["scene_ids"] == ["a", "b"] and manifest["settings"] == {"seed": 3}
+    assert manifest["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    array = tmp_path / "processed" / "array.json"
+    array.write_text(json.dumps(samples, indent=1))
+    assert read_samples(array) == samples and sample_root(array) == array.parent
+
+
+def test_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.jsonl"
+    sample = {"task": "t", "scene_id": "s"}
+    write_samples(path, [sample], {"root": tmp_path})
+    before = sorted((file.name, file.read_bytes()) for file in tmp_path.iterdir())
+    with pytest.raises(ValueError, match="a.jsonl: sample 2"):
+        write_samples(path, [sample, {**sample, "x": float("nan")}], {"root": tmp_path})
+    with pytest.raises(ValueError, match="needs `root`"):
+        write_samples(path, [sample], {})
+    assert sorted((file.name, file.read_bytes()) for file in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"a": 1}\n{"a": 2', "x.jsonl:2: invalid or truncated"),
+        ('{"a": 1}\n\n[1]\n', "x.jsonl:3: expected a JSON object, got list"),
+        ('{"a": NaN}', "x.jsonl:1: .*NaN is no number"),
+        ("[" * 100_000, "x.jsonl"),
+        ('[{"a": 1}, 3]', "record 2: expected a JSON object"),
+    ],
+)
+def test_unreadable_samples_are_named(tmp_path, text, words):
+    path = tmp_path / "x.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=words):
+        read_samples(path)
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../x.png", "a/../../x.png", "", "a\\..\\x.png", "a/.."])
+def test_paths_out_of_the_root_are_refused(name):
+    with pytest.raises(ValueError, match="expected a path below"):
+        resolve_image("/data", name)
+
+
+def test_path_below_the_root():
+    assert resolve_image("/data", "a/b..c/x.png") == Path("/data/a/b..c/x.png")
+
+
+def test_depth_histogram_counts_valid_pixels():
+    assert len(DEPTH_BIN_EDGES) == 17 and DEPTH_BIN_EDGES[0] == 0 and np.isinf(DEPTH_BIN_EDGES[-1])
+    depth = np.array([[0, 0.1, 1.1], [1.2, 20.0, np.nan]], dtype=np.float32)
+    expected = np.zeros(16)
+    expected[[0, 4, 15]] = 0.25, 0.5, 0.25  # 0.1 m; 1.1 and 1.2 m; 20 m
+    assert np.allclose(depth_histogram(depth), expected)
+    assert not depth_histogram(np.zeros((2, 2))).any() and not depth_histogram(None).any()
+
+
+def test_geometry_record_round_trips(scene):
+    views = scene.views[:5]
+    record = geometry_record(views)
+    for v, (view, pose) in enumerate(zip(views, walk(12), strict=False)):
+        assert np.abs(np.reshape(record["R"][v], (3, 3)) - pose[:3, :3]).max() < 1e-6
+        assert np.abs(np.array(record["t"][v]) - pose[:3, 3]).max() < 1e-5
+        assert np.allclose(np.reshape(record["K"][v], (3, 3)), K)
+        assert sum(record["depth_hist"][v]) == pytest.approx(1, abs=1e-4)
+        assert np.allclose(record["depth_hist"][v], depth_histogram(view.load_depth()), atol=1e-5)
+
+
+def test_box_record_round_trips():
+    for item in FURNITURE:
+        again = box_from_record(json.loads(json.dumps(box_record(item))))
+        assert np.abs(box_corners(again) - box_corners(item)).max() < 1e-4
+        assert (again.label, again.object_id) == (item.label, item.object_id)
+
+
+# Views ----------------------------------------------------------------------------------------------------------------
+
+
+def test_depth_of_one_view_reprojects_into_another(scene):
+    """No point seen in one view lies before the surface that another view sees; unhidden ones lie on it."""
+    a, b = scene.views[0], scene.views[1]
+    points, valid = unproject(a.load_depth(), a.K, a.camera_to_world)
+    pixels, z = project(points[valid], b.K, b.camera_to_world)
+    inside = (z > 0.1) & (pixels > 0).all(-1) & (pixels < np.array(SIZE) - 1).all(-1)
+    rounded = pixels[inside].round().astype(int)
+    gap = z[inside] - b.load_depth()[rounded[:, 1], rounded[:, 0]]
+    assert inside.sum() > 500
+    assert np.median(np.abs(gap)) < 0.02 and (np.abs(gap) < 0.1).mean() > 0.8 and (gap > -0.15).mean() > 0.97
+
+
+def test_view_points_lie_on_surfaces(scene):
+    """Points of the thinned depth image lie on the room's or a box's faces."""
+    for view in scene.views[:3]:
+        points = view_points(view, stride=3)
+        assert len(points) == 16 * 21  # rows 1, 4, ... 46 and columns 1, 4, ... 61
+        distances = []
+        for item in [OrientedBox([0, 0, 1.25], [6.0, 5.0, 2.5]), *FURNITURE]:
+            local = np.abs((points - item.center) @ item.rotation) - item.extent / 2
+            outside = np.linalg.norm(np.maximum(local, 0), axis=1)
+            distances.append(np.abs(outside + np.minimum(local.max(1), 0)))
+        assert np.min(distances, axis=0).max() < 2e-3  # millimetres on disk
+
+
+def test_greedy_coverage_against_all_choices():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        seen = [np.flatnonzero(rng.random(30) < rng.uniform(0.05, 0.5)) for _ in range(7)]
+        chosen, covered = greedy_coverage(seen, 30, 3)
+        best = max(len(np.unique(np.concatenate(c))) for c in itertools.combinations(seen, 3))
+        assert covered.sum() == len(np.unique(np.concatenate([seen[i] for i in chosen])))
+        assert covered.sum() >= (1 - 1 / np.e) * best
+        assert len(seen[chosen[0]]) == max(map(len, seen))
+    # Hand-worked: the largest first, then what adds most, not what is second largest.
+    seen = [np.array([0, 1, 2]), np.array([0, 1, 2, 3]), np.array([4, 5]), np.array([6])]
+    assert greedy_coverage(seen, 7, 4)[0] == [1, 2, 3]
+    assert greedy_coverage(seen, 7, 4, stop_ratio=0.8)[0] == [1, 2]
+
+
+def test_selection(scene):
+    selection = choose_views(scene, 4)
+    assert len({view.view_id for view in selection.views}) == 4
+    assert [v.view_id for v in selection.views] == [v.view_id for v in select_views(scene, 4)]
+    assert 0.5 < selection.coverage < 1 and selection.baseline_m == pytest.approx(max_baseline(selection.views))
+    assert selection.baseline_m > 0.5
+    everything = choose_views(scene, 50)
+    assert len(everything.views) == 12 and everything.coverage == 1
+    # With the coverage reached early, the furthest viewpoint comes next: the far side of the circle, 2.4 m away.
+    filled = choose_views(scene, 2, stop_ratio=0.01)
+    assert filled.baseline_m == pytest.approx(2.4, abs=1e-5)
+    uniform = choose_views(scene, 3, strategy="uniform")
+    assert [view.timestamp for view in uniform.views] == [1000.0, 1000.6, 1001.1]
+    assert select_views(scene, 2, max_candidates=3)[0].view_id in {v.view_id for v in uniform.views}
+    for wrong in ({"num_views": 0}, {"num_views": 3, "strategy": "best"}, {"num_views": 3, "stop_ratio": 2}):
+        with pytest.raises(ValueError, match="expected"):
+            select_views(scene, **wrong)
+
+
+def test_scene_without_depth_gets_even_views(tmp_path):
+    scene = read_scene(write_scene(tmp_path, FURNITURE, depth=False))
+    selection = choose_views(scene, 3)
+    assert selection.coverage is None and len(selection.views) == 3
+    with pytest.raises(ValueError, match="fetch lowres_depth"):
+        visible_boxes(scene, selection.views)
+
+
+def test_visible_pixels_against_ray_casting(tmp_path):
+    """Pixels whose ray meets a box first, counted by casting rays with and without the box."""
+    hidden = box("stool", 2.45, 2.2, 0, (0.3, 0.3, 0.3), "s1")  # in the corner behind the bed
+    boxes = [*FURNITURE, hidden]
+    size, camera = (128, 96), np.array([[110.0, 0, 63.5], [0, 110.0, 47.5], [0, 0, 1]])
+    scene = read_scene(write_scene(tmp_path, boxes, poses=walk(4), size=size, K=camera))
+    counts = pixels_in_boxes(scene, scene.views)
+    for v, pose in enumerate(walk(4)):
+        full = ray_depth(boxes, pose, camera, size)
+        for b in range(len(boxes)):
+            without = ray_depth(boxes[:b] + boxes[b + 1 :], pose, camera, size)
+            expected = (without > full + 0.05).sum() * (256 * 192) / (128 * 96)
+            assert counts[v, b] == pytest.approx(expected, rel=0.25, abs=200), (v, boxes[b].label)
+    assert visible_boxes(scene, scene.views).tolist() == (counts.max(0) >= 150).tolist()
+    assert not visible_boxes(scene, scene.views, min_pixels=1e6).any()
+
+
+# Words ----------------------------------------------------------------------------------------------------------------
+
+
+def test_words():
+    assert [category_text(c) for c in ("tv_monitor", "bed")] == ["TV", "bed"]
+    assert [plural(c) for c in ("shelf", "tv_monitor", "bed")] == ["shelves", "TVs", "beds"]
+    assert [with_article(w) for w in ("oven", "TV", "bed")] == ["an oven", "a TV", "a bed"]
+
+
+def test_unique_phrases():
+    scene = scene_of(FURNITURE, COLORS)
+    assert unique_phrases(scene) == {0: "bed", 1: "blue chair", 2: "green chair", 3: "table", 4: "TV", 5: "cabinet"}
+    same = scene_of(FURNITURE, {**COLORS, "c2": "blue"})
+    unknown = scene_of(FURNITURE, {key: value for key, value in COLORS.items() if key != "c2"})
+    assert 1 not in unique_phrases(same) and 1 not in unique_phrases(unknown)
+
+
+def test_footprint_gap_against_shapely():
+    rng = np.random.default_rng(1)
+    for _ in range(200):
+        a, b = (box("bed", *rng.uniform(-2, 2, 2), rng.uniform(-3, 3), rng.uniform(0.2, 2, 3)) for _ in range(2))
+        outlines = [Polygon(box_corners(item)[[0, 2, 6, 4], :2]) for item in (a, b)]
+        assert footprint_gap(a, b) == pytest.approx(outlines[0].distance(outlines[1]), abs=1e-9)
+
+
+def test_upright_renames_axes_and_keeps_the_box():
+    item = box("bed", 1, 2, 0.7, (2.0, 1.5, 0.6))
+    for order in itertools.permutations(range(3)):
+        for signs in itertools.product((-1, 1), repeat=3):
+            rotation = item.rotation[:, order] * signs
+            if np.linalg.det(rotation) > 0:
+                again = upright(OrientedBox(item.center, item.extent[list(order)], rotation))
+                assert again.rotation[2, 2] == pytest.approx(1)
+                corners = {tuple(corner) for corner in box_corners(again).round(6)}
+                assert corners == {tuple(corner) for corner in box_corners(item).round(6)}
+    tilt = np.array([[np.cos(0.4), 0, np.sin(0.4)], [0, 1, 0], [-np.sin(0.4), 0, np.cos(0.4)]])
+    assert upright(OrientedBox([0, 0, 0], [1, 1, 1], tilt)) is None
+
+
+# Anchors --------------------------------------------------------------------------------------------------------------
+
+
+def corners_of_action(action: dict) -> np.ndarray:
+    """Corners by the words of the format: extent along normal, up x normal, up."""
+    normal, up = np.array(action["normal"]), np.array([0.0, 0.0, 1.0])
+    axes = [normal, np.cross(up, normal), up]
+    signs = itertools.product((-0.5, 0.5), repeat=3)
+    return np.array(
+        [
+            action["center"] + sum(s * e * a for s, e, a in zip(sign, action["extent"], axes, strict=True))
+            for sign in signs
+        ]
+    )
+
+
+def test_action_describes_the_whole_box():
+    for item in FURNITURE:
+        action = json.loads(place_anchor_action("42444499", item))
+        assert list(action) == ["action", "scene", "category", "center", "normal", "extent"]
+        assert (action["action"], action["scene"], action["category"]) == ("place_anchor", "42444499", item.label)
+        ours, true = corners_of_action(action), box_corners(item)
+        assert np.linalg.norm(ours[:, None] - true[None], axis=-1).min(1).max() < 5e-4
+
+
+def test_anchors_of_a_known_room():
+    scene = scene_of(FURNITURE, COLORS)
+    samples = build_anchors(scene, all_seen(scene))
+    by_target = defaultdict(list)
+    for sample in samples:
+        by_target[sample["object_ids"][0]].append(sample["instruction"])
+    assert {target: len(words) for target, words in by_target.items()} == dict(b1=1, c1=2, c2=2, t1=1, tv=1, k1=1)
+    assert "blue chair" in by_target["c1"][0] and "chair nearest to" in by_target["c1"][1].replace("closest", "nearest")
+    seen = all_seen(scene)
+    seen[[0, 1]] = False
+    assert {s["object_ids"][0] for s in build_anchors(scene, seen)} == {"c2", "t1", "tv", "k1"}
+    assert not any("bed" in s["instruction"] for s in build_anchors(scene, seen))
+
+
+def test_twins_that_words_cannot_tell_apart_get_no_anchor():
+    twins = scene_of([box("bed", 0, 0), box("chair", -1.5, 0, uid="a"), box("chair", 1.6, 0, uid="b")])
+    assert {s["boxes"][0]["label"] for s in build_anchors(twins, all_seen(twins))} == {"bed"}
+
+
+def test_anchors_name_one_object_each():
+    """Over random rooms: every instruction is read back by an independent rule and must mean its target alone."""
+    kinds = Counter()
+    for seed in range(60):
+        scene = random_scene(seed)
+        samples = build_anchors(scene, all_seen(scene), seed)
+        assert len({s["instruction"] for s in samples}) == len(samples)
+        assert samples == build_anchors(scene, all_seen(scene), seed)
+        for sample in samples:
+            words = " ".join(sample["instruction"].replace(".", " ").replace("?", " ").split())
+            meant = [item for item in scene.boxes if category_text(item.label) in words.split()]
+            relation = next((r for r in ("nearest to", "closest to", "farthest from") if r in words), None)
+            kinds[relation] += 1
+            if relation is None:
+                colors = [c for c in ("red", "blue", "green") if c in words]
+                meant = [item for item in meant if not colors or scene.colors[item.object_id] == colors[0]]
+            else:
+                before, after = words.split(relation)
+                landmarks = matching(scene, after)
+                assert len(landmarks) == 1, words
+                meant = matching(scene, before)
+                order = sorted(meant, key=lambda item: np.hypot(*(item.center - landmarks[0].center)[:2]))
+                meant = [order[-1 if relation == "farthest from" else 0]]
+            assert [item.object_id for item in meant] == sample["object_ids"], words
+    assert kinds[None] > 50 and kinds["nearest to"] > 5 and kinds["farthest from"] > 2
+
+
+def matching(scene: Scene, words: str) -> list:
+    """Boxes that fit all the words about category and colour."""
+    found = []
+    for item in scene.boxes:
+        color = [c for c in ("red", "blue", "green") if c in words.split()]
+        if category_text(item.label) in words.split() and (not color or scene.colors.get(item.object_id) == color[0]):
+            found.append(item)
+    return found
+
+
+# Questions ------------------------------------------------------------------------------------------------------------
+
+
+def test_questions_hold_in_random_rooms():
+    """Every answer again by another route than the builder's."""
+    tally, answers = Counter(), defaultdict(Counter)
+    for seed in range(60):
+        scene = random_scene(seed)
+        by_id = {item.object_id: item for item in scene.boxes}
+        outlines = {i: Polygon(box_corners(item)[[0, 2, 6, 4], :2]) for i, item in by_id.items()}
+        samples = build_qa(scene, all_seen(scene), seed)
+        assert samples == build_qa(scene, all_seen(scene), seed)
+        asked = [(s.get("situation"), s["question"]) for s in samples]
+        assert len(set(asked)) == len(asked)
+        assert max(Counter(s["task"] for s in samples).values()) <= 2 * MAX_PER_TASK
+        for sample in samples:
+            task, answer, ids = sample["task"], sample["answer"], sample["object_ids"]
+            tally[task] += 1
+            answers[task][answer] += 1
+            things = [by_id[i] for i in ids]
+            if task == "qa_existence":
+                named = [c for c in CATEGORIES if f" {category_text(c)} " in sample["question"].replace("?", " ")]
+                assert len(named) == 1
+                assert answer == ("yes" if any(item.label == named[0] for item in scene.boxes) else "no")
+            elif task == "qa_count":
+                named = [c for c in CATEGORIES if f" {plural(c)} " in sample["question"]]
+                assert len(named) == 1 and int(answer) == sum(item.label == named[0] for item in scene.boxes)
+            elif task == "qa_color":
+                assert answer == scene.colors[ids[0]] and answer not in sample["question"]
+            elif task == "qa_side":
+                by, faced, thing = things
+                assert category_text(by.label) in sample["situation"].split(" and ")[0]
+                assert category_text(faced.label) in sample["situation"].split(" and ")[1]
+                assert category_text(thing.label) in sample["question"]
+                # The agent's frame: x right, y ahead. Turn the world so that the faced object lies on +y.
+                ahead = faced.center[:2] - by.center[:2]
+                turn = rotation_z(np.pi / 2 - np.arctan2(ahead[1], ahead[0]))[:2, :2]
+                x, y = turn @ (thing.center[:2] - by.center[:2])
+                assert np.allclose((turn @ ahead)[0], 0)
+                assert answer == (("left" if x < 0 else "right") if "left" in sample["question"] else
+                                  ("in front" if y > 0 else "behind"))  # fmt: skip
+                assert abs(x if "left" in sample["question"] else y) > 0.1
+            elif task == "qa_nearest":
+                others = [i for i in by_id if i != ids[0]]
+                nearest = min(others, key=lambda i: outlines[ids[0]].distance(outlines[i]))
+                by_center = min(others, key=lambda i: np.linalg.norm((by_id[i].center - things[0].center)[:2]))
+                assert nearest == by_center == ids[1] and answer == category_text(by_id[nearest].label)
+                rest = [outlines[ids[0]].distance(outlines[i]) for i in others if by_id[i].label != things[1].label]
+                assert not rest or min(rest) >= outlines[ids[0]].distance(outlines[nearest]) + 0.299
+            elif task == "qa_distance":
+                metres = np.linalg.norm((things[0].center - things[1].center)[:2])
+                assert abs(float(answer) - metres) < 0.2 and float(answer) % 0.5 == 0
+    assert all(tally[f"qa_{kind}"] > 20 for kind in ("existence", "count", "side", "nearest", "distance", "color"))
+    assert answers["qa_existence"]["yes"] == answers["qa_existence"]["no"]
+    assert answers["qa_side"]["left"] == answers["qa_side"]["right"] > 20
+    assert answers["qa_side"]["in front"] == answers["qa_side"]["behind"] > 5
+
+
+def test_left_and_right_by_hand():
+    """Facing north (+y) from the origin, east (+x) is on the right. Seen from above, z up."""
+    scene = scene_of([box("bed", 0, 0), box("table", 0, 3), box("sofa", 4, 0.2), box("chair", -4, 0.2)])
+    found = {}
+    for seed in range(20):
+        for sample in build_qa(scene, all_seen(scene), seed):
+            if sample["task"] == "qa_side" and sample["object_ids"][:2] == ["bed-0-0", "table-0-3"]:
+                found[sample["boxes"][2]["label"]] = sample["answer"]
+    assert found == {"sofa": "right", "chair": "left"}
+
+
+def test_hidden_objects_are_not_asked_for():
+    scene = scene_of(FURNITURE, COLORS)
+    seen = all_seen(scene)
+    seen[[1, 4]] = False  # a chair and the TV
+    for seed in range(10):
+        for sample in build_qa(scene, seen, seed):
+            assert not {"c1", "tv"} & set(sample["object_ids"])
+            assert not (sample["task"] == "qa_count" and "chairs" in sample["question"])
+            assert "TV" not in sample["question"] + sample.get("situation", "")
+
+
+# A folder of scenes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def raw(tmp_path):
+    for scene_id, fold in (("42444499", "Training"), ("42444500", "Training"), ("42444501", "Validation")):
+        write_scene(tmp_path / "raw", FURNITURE, scene_id=scene_id, fold=fold, colors=COLORS, layout="raw")
+    (tmp_path / "raw" / "metadata.csv").write_text(
+        "video_id,visit_id,sky_direction,fold\n42444499,1,Up,Training\n42444500,1,Up,Training\n42444501,NA,Up,Validation\n"
+    )
+    return tmp_path / "raw"
+
+
+def prepare(raw, **settings):
+    return prepare_arkitscenes(
+        raw, raw.parent / "processed", **{"num_views": 4, "workers": 1, "progress": False, **settings}
+    )
+
+
+def test_prepared_files_are_good_and_reused(raw, capsys):
+    files = prepare(raw)
+    assert list(files) == ["anchors_train", "qa_train", "anchors_val", "qa_val"]
+    for path in files.values():
+        assert validate_file(path) == [], summarise(path, validate_file(path))
+    record = read_samples(files["anchors_train"])[0]
+    scene = read_scene(raw / "Training" / record["scene_id"])
+    poses = {view.view_id: view.camera_to_world for view in scene.views}
+    for v, view_id in enumerate(record["view_ids"]):
+        assert resolve_image(sample_root(files["anchors_train"]), record["images"][v]).stem == view_id
+        assert np.abs(np.reshape(record["geom_token"]["R"][v], (3, 3)) - poses[view_id][:3, :3]).max() < 1e-4
+        assert np.abs(np.array(record["geom_token"]["t"][v]) - poses[view_id][:3, 3]).max() < 1e-4
+    manifest = read_manifest(files["qa_train"])
+    assert manifest["visits"] == {"42444499": "1", "42444500": "1"} and manifest["root"] == "../raw"
+    assert manifest["views"]["baseline_m"]["min"] > 1 and 0.4 < manifest["views"]["coverage"]["min"] <= 1
+
+    first = {name: (path.read_bytes(), path.stat().st_mtime_ns) for name, path in files.items()}
+    capsys.readouterr()
+    prepare(raw, workers=2)
+    assert capsys.readouterr().out.count("up to date") == 4
+    assert {name: (path.read_bytes(), path.stat().st_mtime_ns) for name, path in files.items()} == first
+    files["qa_val"].unlink()
+    prepare(raw)  # from the kept scenes
+    assert files["qa_val"].read_bytes() == first["qa_val"][0]
+    capsys.readouterr()
+    prepare(raw, num_views=3)
+    assert "settings changed (num_views 4 -> 3)" in capsys.readouterr().out
+    assert {len(sample["images"]) for sample in read_samples(files["qa_val"])} == {3}
+
+
+def test_preparing_does_not_depend_on_workers_or_earlier_runs(raw, tmp_path):
+    one = prepare(raw)
+    two = prepare_arkitscenes(raw, tmp_path / "other", num_views=4, workers=2, progress=False)
+    for name in one:
+        assert one[name].read_bytes() == two[name].read_bytes()
+    other_seed = prepare(raw, seed=1)
+    assert other_seed["qa_train"].read_bytes() != two["qa_train"].read_bytes()
+
+
+def test_changed_scene_is_built_again(raw, capsys):
+    before = prepare(raw, tasks=["anchors"])["anchors_val"].read_bytes()
+    write_scene(raw, FURNITURE[:4], scene_id="42444501", fold="Validation", layout="raw", colors=COLORS)
+    capsys.readouterr()
+    after = prepare(raw, tasks=["anchors"])["anchors_val"].read_bytes()
+    out = capsys.readouterr().out
+    assert after != before and out.count("up to date") == 1
+
+
+def test_broken_scenes_are_all_listed(raw):
+    (raw / "Training" / "42444499" / "lowres_wide.traj").unlink()
+    (raw / "Validation" / "42444501" / "42444501_3dod_annotation.json").write_text("{")
+    with pytest.raises(ValueError, match="(?s)2 of 3 scenes.*42444499.*traj: file is missing.*42444501.*truncated"):
+        prepare(raw)
+    files = prepare(raw, split="train", skip_broken=True)
+    assert {sample["scene_id"] for sample in read_samples(files["qa_train"])} == {"42444500"}
+    assert "traj" in read_manifest(files["qa_train"])["left_out"]["42444499"]
+
+
+def test_skipped_scenes_are_left_out(raw):
+    path = raw / "Training" / "42444499" / "42444499_3dod_annotation.json"
+    path.write_text(path.read_text().replace('"skipped": false', '"skipped": true'))
+    manifest = read_manifest(prepare(raw)["qa_train"])
+    assert manifest["scene_ids"] == ["42444500"] and "skipped" in manifest["left_out"]["42444499"]
+
+
+def test_visits_stay_in_one_split(raw):
+    table = raw / "metadata.csv"
+    table.write_text(table.read_text().replace("NA", "1"))
+    with pytest.raises(ValueError, match="visits in two splits.*42444501"):
+        prepare(raw)
+    files = prepare(raw, exclude=["42444499", "42444500"])
+    assert list(files) == ["anchors_val", "qa_val"]
+
+
+def test_impossible_requests(raw, tmp_path):
+    with pytest.raises(ValueError, match="tasks: expected some of"):
+        prepare(raw, tasks=["captions"])
+    with pytest.raises(ValueError, match="no test scene found"):
+        prepare(raw, split="test")
+    with pytest.raises(ValueError, match="exclude: no scene"):
+        prepare(raw, exclude=["1"])
+    (raw / "Validation").rename(raw / "elsewhere")
+    (raw / "metadata.csv").unlink()
+    with pytest.raises(ValueError, match="nothing tells its split"):
+        prepare(raw)
+
+
+# Faults ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """A prepared folder that tests copy lines from."""
+    folder = tmp_path_factory.mktemp("good")
+    for scene_id, fold in (("42444499", "Training"), ("42444500", "Training"), ("42444501", "Validation")):
+        write_scene(folder / "raw", FURNITURE, scene_id=scene_id, fold=fold, colors=COLORS)
+    return prepare(folder / "raw")
+
+
+def set_in(record, keys, value):
+    for key in keys[:-1]:
+        record = record[key]
+    record[keys[-1]] = value
+
+
+def set_action(record, **values):
+    record["action_json"] = json.dumps({**json.loads(record["action_json"]), **values})
+
+
+def other_scene(text: str) -> str:
+    return text.replace("42444499", "42444500")
+
+
+# What is done to the records of anchors_train, and the words of the only kind of fault that may follow.
+PLANTED = {
+    "missing key": (lambda r: r[1].pop("geom_token"), 2, "missing: geom_token"),
+    "no answer": (lambda r: r[1].pop("action_json"), 2, "instruction and action_json"),
+    "question and instruction": (lambda r: r[1].update(question="Is it?", answer="yes"), 2, "one of the two"),
+    "wrong shape": (lambda r: r[1]["geom_token"]["t"].pop(), 2, r"geom_token.t: expected \[4, 3\]"),
+    "ragged": (lambda r: r[1]["geom_token"]["R"][0].pop(), 2, "geom_token.R: missing or not"),
+    "null in the pose": (lambda r: set_in(r[1], ["geom_token", "t", 0, 0], None), 2, "with NaN or infinity"),
+    "no rotation": (lambda r: set_in(r[1], ["geom_token", "R", 2], [1, 0, 0, 0, 1, 0, 0, 0, -1]), 2, "R of view 2"),
+    "no camera": (lambda r: set_in(r[1], ["geom_token", "K", 1, 0], 0), 2, "K of view 1 is no camera"),
+    "K of a larger picture": (
+        lambda r: set_in(r[1], ["geom_token", "K", 1], [400, 0, 320, 0, 400, 240, 0, 0, 1]),
+        2,
+        "K of view 1 does not fit its picture of",
+    ),
+    "histogram": (lambda r: set_in(r[1], ["geom_token", "depth_hist", 0], [0.2] * 16), 2, "depth_hist of view 0"),
+    "picture missing": (
+        lambda r: set_in(r[1], ["images", 0], r[1]["images"][0].replace("1000", "1077")),
+        2,
+        "1077.* is missing below",
+    ),
+    "picture climbs out": (
+        lambda r: set_in(r[1], ["images", 0], "../raw/" + r[1]["images"][0]),
+        2,
+        "expected a path below",
+    ),
+    "picture of another scene": (
+        lambda r: set_in(r[1], ["images", 0], other_scene(r[1]["images"][0])),
+        2,
+        "shows another scene than 42444499",
+    ),
+    "picture twice": (lambda r: set_in(r[1], ["images", 0], r[1]["images"][1]), 2, "is shown twice"),
+    "depth missing": (
+        lambda r: set_in(r[1], ["depths", 0], r[1]["depths"][0].replace("1000", "1077")),
+        2,
+        "depth: .* is missing below",
+    ),
+    "depths too few": (lambda r: r[1]["depths"].pop(), 2, "depths: expected 4 paths"),
+    "same question_id": (lambda r: r[1].update(question_id=r[0]["question_id"]), 2, "also that of record 1"),
+    "same record": (lambda r: r.append({**r[0], "question_id": "new"}), None, "says the same as record 1"),
+    "ambiguous": (lambda r: r[1].update(instruction=r[0]["instruction"]), 2, "ambiguous: record 1 asks the same"),
+    "no parallax": (
+        lambda r: r[1]["geom_token"].update(t=[[1, 2, 1 + 0.01 * i] for i in range(4)]),
+        2,
+        "views without parallax",
+    ),
+    "action is no JSON": (lambda r: r[1].update(action_json='{"action": "place'), 2, "action_json is no JSON"),
+    "action is a list": (lambda r: r[1].update(action_json="[]"), 2, "action_json is no JSON"),
+    "action of another scene": (lambda r: set_action(r[1], scene="42444500"), 2, "about scene '42444500'"),
+    "action of an unknown category": (lambda r: set_action(r[1], category="lamp"), 2, "action_json.category"),
+    "action without center": (lambda r: set_action(r[1], center=None), 2, "action_json.center: expected 3"),
+    "action with a flat center": (lambda r: set_action(r[1], center=[1, 2]), 2, "action_json.center: expected 3"),
+    "action elsewhere": (lambda r: set_action(r[1], center=[9, 9, 9]), 2, "center of none of the record's boxes"),
+    "long normal": (lambda r: set_action(r[1], normal=[1, 1, 0]), 2, "expected a unit vector"),
+    "negative extent": (lambda r: set_action(r[1], extent=[1, -1, 1]), 2, "action_json.extent"),
+    "box of no size": (lambda r: set_in(r[1], ["boxes", 0, "extent", 0], 0), 2, r"boxes\[0\]: extent"),
+    "box without rotation": (lambda r: r[1]["boxes"][0].pop("rotation"), 2, r"boxes\[0\]: box of a record"),
+    "box that is no rotation": (lambda r: set_in(r[1], ["boxes", 0, "rotation", 0], 3), 2, "expected a rotation"),
+}
+
+
+def replanted(good, tmp_path, records) -> Path:
+    """The records under a new name with a good manifest, so that only the planted fault is left."""
+    path = tmp_path / "anchors_train.jsonl"
+    write_samples(path, records, {"root": sample_root(good["anchors_train"])})
+    return path
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_fault_is_found(good, tmp_path, name):
+    damage, number, words = PLANTED[name]
+    records = read_samples(good["anchors_train"])
+    damage(records)
+    faults = validate_file(replanted(good, tmp_path, records))
+    assert len(faults) == 1, summarise("x", faults)
+    assert faults[0].record == (number or len(records)) and faults[0].remedy
+    assert re.search(words, faults[0].reason), faults[0]
+
+
+def test_good_records_have_no_fault(good, tmp_path):
+    path = replanted(good, tmp_path, read_samples(good["anchors_train"]))
+    assert validate_file(path) == [] and "no faults" in summarise(path, [])
+    records = read_samples(path)
+    records[0]["geom_token"] = None  # allowed: trains with the learned null geometry
+    assert validate_file(replanted(good, tmp_path, records)) == []
+
+
+def test_faults_of_the_whole_file(good, tmp_path):
+    path = replanted(good, tmp_path, read_samples(good["anchors_train"]))
+    text = path.read_text()
+    path.write_text(text[:-30])
+    reasons = [str(fault) for fault in validate_file(path)]
+    assert (
+        len(reasons) == 2 and "sha256" in reasons[0] and f":{text.count(chr(10))}: invalid or truncated" in reasons[1]
+    )
+    path.write_text(text)
+    assert validate_file(path) == []
+    path.write_text("")
+    assert any("no record" in fault.reason for fault in validate_file(path))
+    path.write_text(text)
+    manifest_path(path).write_text("{}")
+    assert ["expected an object with the text `root`" in fault.reason for fault in validate_file(path)] == [True]
+    with pytest.raises(ValueError, match="no such file"):
+        validate_file(tmp_path / "absent.jsonl")
+
+
+def test_broken_picture_is_found(good, tmp_path):
+    records = read_samples(good["anchors_train"])[:1]
+    path = replanted(good, tmp_path, records)
+    for name in records[0]["images"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes((sample_root(path) / name).read_bytes())
+    for name in records[0]["depths"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes((sample_root(path) / name).read_bytes())
+    write_samples(path, records, {"root": tmp_path})
+    assert validate_file(path) == []
+    (tmp_path / records[0]["images"][1]).write_bytes(b"not a picture")
+    assert ["cannot be read" in fault.reason for fault in validate_file(path)] == [True]
+
+
+def test_split_overlap_by_scene_and_by_visit(good, tmp_path):
+    train = read_samples(good["anchors_train"])
+    val = read_samples(good["anchors_val"])
+    root = sample_root(good["anchors_train"])
+    write_samples(tmp_path / "anchors_train.jsonl", train, {"root": root, "visits": {"42444499": "7"}})
+    write_samples(tmp_path / "anchors_val.jsonl", val, {"root": root, "visits": {"42444501": "7"}})
+    write_samples(tmp_path / "qa_train.jsonl", read_samples(good["qa_train"]), {"root": root})
+    faults = validate_file(tmp_path / "anchors_val.jsonl")
+    assert [fault.reason for fault in faults] == [
+        "visit 7 is in val here and in train in anchors_train.jsonl (42444499)"
+    ]
+    leaked = [{**record, "split": "val"} for record in train[:1]]
+    write_samples(tmp_path / "anchors_val.jsonl", val + leaked, {"root": root})
+    faults = validate_file(tmp_path / "anchors_val.jsonl")
+    assert {fault.id for fault in faults} == {"42444499"} and len(faults) == 2  # in anchors_train and in qa_train
+    assert "is in val here and in train" in faults[0].reason
+
+
+def test_validation_survives_any_value(good, tmp_path):
+    """A wrong type anywhere is a fault of its record, never an exception."""
+    record = read_samples(good["anchors_train"])[0]
+    path = tmp_path / "odd_train.jsonl"
+    for keys in [(key,) for key in record] + [("geom_token", key) for key in record["geom_token"]]:
+        for value in (None, 3, "x", "", [], {}, [[]], [None] * 4, [{}], [[1, "x"]] * 4, True, {"a": 1}):
+            odd = json.loads(json.dumps(record))
+            set_in(odd, keys, value)
+            path.write_text(json.dumps(odd) + "\n")
+            faults = validate_file(path)
+            assert all(isinstance(fault.reason, str) and fault.remedy for fault in faults)
+            if keys[0] in ("images", "scene_id", "action_json", "instruction"):
+                assert any(fault.record == 1 for fault in faults), (keys, value)
+
+
+# Rendered rooms -------------------------------------------------------------------------------------------------------
+
+
+def test_rendered_rooms_give_good_samples(sample_files):
+    for path in sample_files.values():
+        assert validate_file(path) == [], summarise(path, validate_file(path))
+    tasks = Counter(sample["task"] for path in sample_files.values() for sample in read_samples(path))
+    assert set(tasks) >= {
+        "place_anchor",
+        "qa_existence",
+        "qa_count",
+        "qa_color",
+        "qa_side",
+        "qa_nearest",
+        "qa_distance",
+    }
+
+
+def test_rendered_depth_reprojects(sample_files):
+    """Surfaces of a room agree between views by the records' own poses and intrinsics."""
+    root = sample_root(sample_files["anchors_train"])
+    record = read_samples(sample_files["anchors_train"])[0]
+    geometry, depths = record["geom_token"], [load_depth(resolve_image(root, name)) for name in record["depths"]]
+    poses = np.tile(np.eye(4), (len(depths), 1, 1))
+    poses[:, :3, :3] = np.reshape(geometry["R"], (-1, 3, 3))
+    poses[:, :3, 3] = geometry["t"]
+    cameras = np.reshape(geometry["K"], (-1, 3, 3))
+    gaps = []
+    for a, b in itertools.permutations(range(len(depths)), 2):
+        points, valid = unproject(depths[a], cameras[a], poses[a])
+        pixels, z = project(points[valid][::7], cameras[b], poses[b])
+        height, width = depths[b].shape
+        inside = (z > 0.1) & (pixels > 0).all(-1) & (pixels < [width - 1, height - 1]).all(-1)
+        column, row = pixels[inside].round().astype(int).T
+        gap = z[inside] - depths[b][row, column]
+        gaps.append(gap[depths[b][row, column] > 0])
+    gaps = np.concatenate(gaps)
+    assert len(gaps) > 1000
+    assert (gaps < -0.1).mean() < 0.03  # a point before the seen surface cannot be, save at edges
+    assert (np.abs(gaps) < 0.05).mean() > 0.6  # the rest is hidden behind something in the other view
+
+
+def test_anchor_targets_are_seen_in_the_pictures(sample_files):
+    """Each target's box holds depth points of the record's own views."""
+    root = sample_root(sample_files["anchors_train"])
+    for record in read_samples(sample_files["anchors_train"])[:12]:
+        target = box_from_record(record["boxes"][0])
+        geometry, most = record["geom_token"], 0
+        for v, name in enumerate(record["depths"]):
+            pose = np.eye(4)
+            pose[:3, :3], pose[:3, 3] = np.reshape(geometry["R"][v], (3, 3)), geometry["t"][v]
+            points, valid = unproject(load_depth(resolve_image(root, name)), np.reshape(geometry["K"][v], (3, 3)), pose)
+            most = max(most, points_in_box(points[valid], target, 0.03).sum())
+        assert most >= 150
