@@ -1,0 +1,121 @@
+"""Perceiver resampler: learned latents read the encoder's tokens of all views and become the visual tokens."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from roomplan_lib.config import ResamplerConfig
+
+
+class Attention(nn.Module):
+    """Multi-head attention from `width` queries to a context of `context_width`, in heads of `head_width`."""
+
+    def __init__(self, width: int, context_width: int, head_width: int) -> None:
+        super().__init__()
+        if width % head_width:
+            raise ValueError(f"attention width {width} is no multiple of head_width {head_width}")
+        self.head_width = head_width
+        self.query = nn.Linear(width, width, bias=False)
+        self.key_value = nn.Linear(context_width, 2 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """x: [B, L, width], context: [B, N, context_width] -> [B, L, width]."""
+
+        def heads(t: Tensor) -> Tensor:
+            return t.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+
+        key, value = self.key_value(context).chunk(2, dim=-1)
+        y = F.scaled_dot_product_attention(heads(self.query(x)), heads(key), heads(value))
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Sequential):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__(nn.Linear(width, hidden, bias=False), nn.GELU(), nn.Linear(hidden, width, bias=False))
+
+
+class ResamplerLayer(nn.Module):
+    """Pre-norm cross-attention to the (already normalised) context, latent self-attention, feed-forward."""
+
+    def __init__(self, width: int, context_width: int, ffn_width: int, head_width: int) -> None:
+        super().__init__()
+        self.cross_norm, self.self_norm, self.ffn_norm = (nn.LayerNorm(width) for _ in range(3))
+        self.cross_attention = Attention(width, context_width, head_width)
+        self.self_attention = Attention(width, width, head_width)
+        self.ffn = FeedForward(width, ffn_width)
+
+    def forward(self, latents: Tensor, context: Tensor) -> Tensor:
+        latents = latents + self.cross_attention(self.cross_norm(latents), context)
+        normed = self.self_norm(latents)
+        latents = latents + self.self_attention(normed, normed)
+        return latents + self.ffn(self.ffn_norm(latents))
+
+
+class PerceiverResampler(nn.Module):
+    """[B, V] views of tapped encoder tokens -> [B, num_latents, out_width] visual tokens.
+
+    The context of one view and one tapped layer is its camera token and its patch tokens (registers are left out),
+    each normalised per layer and marked with learned layer and view embeddings and a 2D sine embedding of the patch.
+    """
+
+    def __init__(self, config: ResamplerConfig, num_taps: int, context_width: int, out_width: int) -> None:
+        super().__init__()
+        self.config = config
+        self.context_norms = nn.ModuleList(nn.LayerNorm(context_width) for _ in range(num_taps))
+        self.layer_embedding = nn.Parameter(torch.randn(num_taps, context_width) * 0.02)
+        self.view_embedding = nn.Parameter(torch.randn(config.max_views, context_width) * 0.02)
+        self.camera_embedding = nn.Parameter(torch.randn(context_width) * 0.02)
+        self.patch_gain = nn.Parameter(torch.full((context_width,), 0.1))
+        self.latents = nn.Parameter(torch.randn(config.num_latents, config.width) * 0.02)
+        self.layers = nn.ModuleList(
+            ResamplerLayer(config.width, context_width, config.ffn_width, config.head_width)
+            for _ in range(config.num_layers)
+        )
+        self.norm = nn.LayerNorm(config.width)
+        self.out = nn.Linear(config.width, out_width, bias=False)
+
+    def forward(
+        self, taps: list[Tensor], patch_token_start: int, grid: tuple[int, int], positions: Tensor | None = None
+    ) -> Tensor:
+        """taps: per tapped layer [B, V, patch_token_start + P, E]; grid: (rows, columns) of the P patches.
+
+        positions: [B, V, P, E] encodings added to every tapped layer's patch tokens, or None.
+        Returns [B, num_latents, out_width]. Raises ValueError for more views than `max_views`.
+        """
+        num_views = taps[0].shape[1]
+        if num_views > self.config.max_views:
+            raise ValueError(f"{num_views} views, but model.resampler.max_views is {self.config.max_views}")
+        patch_2d = sine_grid(grid, self.patch_gain.shape[0], taps[0].device).to(taps[0].dtype) * self.patch_gain
+        views = self.view_embedding[:num_views, None]
+        context = []
+        for tokens, norm, layer in zip(taps, self.context_norms, self.layer_embedding, strict=True):
+            tokens = norm(tokens) + layer + views
+            patches = tokens[:, :, patch_token_start:] + patch_2d
+            if positions is not None:
+                patches = patches + positions
+            context += [(tokens[:, :, :1] + self.camera_embedding).flatten(1, 2), patches.flatten(1, 2)]
+        context = torch.cat(context, dim=1)
+        latents = self.latents.expand(len(context), -1, -1)
+        for layer in self.layers:
+            latents = layer(latents, context)
+        return self.out(self.norm(latents))
+
+
+def sine_grid(grid: tuple[int, int], width: int, device: torch.device) -> Tensor:
+    """[rows * columns, width] sine embedding of patch centres, half the width for each axis.
+
+    Angles are those of the Transformer (Vaswani et al. 2017) with wavelengths from 2 pi to 100 * 2 pi patches.
+    """
+    quarter = width // 4
+    frequency = torch.exp(torch.arange(quarter, device=device) * (-math.log(100.0) / quarter))
+    angles = [torch.arange(n, device=device)[:, None] * frequency for n in grid]
+    rows, columns = (torch.cat([a.sin(), a.cos()], dim=-1) for a in angles)
+    full = torch.cat([rows[:, None].expand(-1, grid[1], -1), columns[None].expand(grid[0], -1, -1)], dim=-1).flatten(
+        0, 1
+    )
+    return F.pad(full, (0, width - full.shape[-1]))

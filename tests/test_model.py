@@ -1,0 +1,374 @@
+"""The pathway from pixels to tokens: what moves, what is seen, what is supervised, and that generation agrees."""
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from roomplan_lib.config import DataConfig, GeometryConfig, LoraSettings, PositionsConfig, ResamplerConfig
+from roomplan_lib.geometry import unproject
+from roomplan_lib.model.geometry_tokens import RECORD_WIDTH, GeometryEncoder
+from roomplan_lib.model.positions import build_positions, encode_positions, sin3d_encoding
+from roomplan_lib.model.resampler import PerceiverResampler
+from roomplan_lib.model.vlm import RoomPlanVLM, build_model, parameter_table
+from roomplan_lib.samples.targets import response_text
+from roomplan_lib.training.collator import (
+    IGNORE_INDEX,
+    load_samples,
+    patch_mean_coordinates,
+    resized_size,
+)
+from roomplan_lib.training.prompt import prompt_text
+from roomplan_lib.training.run import make_collator, make_model, make_tokenizer
+from roomplan_lib.training.tokenizer import IMAGE_TOKEN, TURN_END, train_tokenizer
+from roomplan_lib.training.trainer import parameter_groups
+
+
+@pytest.fixture
+def setup(tiny_config):
+    """(model in train mode, tokenizer, collator, training samples of several scenes and both kinds)."""
+    return make_setup(tiny_config)
+
+
+def make_setup(config):
+    samples = load_samples(config.data.train_paths)
+    tokenizer = make_tokenizer(config, samples)
+    model = make_model(config, tokenizer).train()
+    return model, tokenizer, make_collator(model, tokenizer, config.data), samples
+
+
+def mixed(samples, count=8):
+    """`count` samples of both kinds and at least two scenes, some sharing their views."""
+    picked = samples[:: max(1, len(samples) // count)][:count]
+    assert len({s.view_key for s in picked}) >= 2 and {"answer" in s.record for s in picked} == {True, False}
+    return picked
+
+
+def prompt_inputs(batch):
+    views = {k: v for k, v in batch.items() if k not in ("input_ids", "attention_mask", "scene_index", "labels")}
+    return batch["input_ids"], batch["attention_mask"], batch["scene_index"], views
+
+
+def replace_model(config, **changes):
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
+
+
+# ---------------------------------------------------------------------------- what moves
+@pytest.mark.parametrize("frozen", [False, True])
+def test_every_trainable_part_moves_and_frozen_parts_do_not(tiny_config, frozen):
+    if frozen:
+        language_model = dataclasses.replace(tiny_config.model.language_model, lora=LoraSettings(rank=4))
+        tiny_config = replace_model(tiny_config, freeze_vggt=True, language_model=language_model)
+    model, _, collator, samples = make_setup(tiny_config)
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.AdamW(parameter_groups(model, tiny_config))
+    for start in (0, 1):  # a LoRA's A matrix moves once its B has left zero
+        model(**collator(mixed(samples[start:]))).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    expected = {"resampler", "geometry_encoder", "positions"} | ({"language_model"} if frozen else set(model.parts()))
+    assert {name.split(".")[0] for name in trainable} == expected | {"language_model"}
+    stuck = trainable - moved
+    # Adam moves whatever has a gradient; the null geometry has one only where a sample lacks geometry
+    assert stuck <= {"geometry_encoder.null_record"}
+    assert all(name in trainable for name in moved - {"language_model.lm_head.weight"})  # the head is tied
+    if frozen:
+        assert all("lora_" in name for name in moved if name.startswith("language_model"))
+        assert not model.train().encoder.training
+
+
+def test_optimizer_groups_hold_each_trainable_parameter_once(setup, tiny_config):
+    model = setup[0]
+    grouped = [id(p) for group in parameter_groups(model, tiny_config) for p in group["params"]]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == {id(p) for p in model.parameters() if p.requires_grad}
+    decayed = [p for g in parameter_groups(model, tiny_config) if g["weight_decay"] for p in g["params"]]
+    assert all(p.dim() >= 2 for p in decayed)
+
+
+# ---------------------------------------------------------------------------- what is seen
+@pytest.mark.parametrize("view", [0, -1])
+@pytest.mark.parametrize("what", ["pixel_values", "geometry_records", "patch_coordinates"])
+def test_every_view_reaches_the_answer(setup, view, what):
+    model, _, collator, samples = setup
+    batch = collator(mixed(samples))
+    model.eval()
+    labels = batch.pop("labels")
+    logits = model(**batch).logits
+    changed = [v.clone() for v in batch[what]]
+    for values in changed:
+        values[view] = 255 - values[view] if what == "pixel_values" else values[view] + 1
+    other = model(**{**batch, what: changed}).logits
+    answer = labels[:, 1:] != IGNORE_INDEX
+    assert ((logits - other)[:, :-1][answer].abs().amax(-1) > 1e-6).all()
+
+
+def test_shared_encoding_equals_one_sample_at_a_time(setup):
+    model, _, collator, samples = setup
+    model.eval()
+    picked = mixed(samples)
+    together = collator(picked)
+    assert len(together["pixel_values"]) < len(picked)  # views of a scene are there once
+    loss = (
+        sum(model(**collator([s])).loss * (collator([s])["labels"] != IGNORE_INDEX).sum() for s in picked)
+        / (together["labels"] != IGNORE_INDEX).sum()
+    )
+    assert model(**together).loss.item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_unequal_view_counts_and_missing_geometry_share_a_batch(setup):
+    model, _, collator, samples = setup
+    model.eval()
+    question = next(s for s in samples if "answer" in s.record)
+    few = {k: v[:3] if k in ("images", "depths", "view_ids") else v for k, v in question.record.items()}
+    few["geom_token"] = {k: v[:3] for k, v in question.record["geom_token"].items()}
+    few = dataclasses.replace(question, record=few)
+    batch = collator([question, few, question])
+    batch.pop("labels")
+    logits = model(**batch).logits
+    alone = collator([few])
+    alone.pop("labels")
+    assert torch.allclose(logits[1], model(**alone).logits[0], atol=1e-5)
+    batch["has_geometry"] = torch.tensor([True, False])
+    assert not torch.allclose(model(**batch).logits[1], logits[1], atol=1e-6)
+    assert torch.allclose(model(**batch).logits[0], logits[0], atol=1e-6)
+
+
+def test_blind_prompts_hold_no_views(setup):
+    model, tokenizer, collator, samples = setup
+    batch = collator(mixed(samples), generate=True, blind=True)
+    assert "pixel_values" not in batch and model.config.image_token_id not in batch["input_ids"]
+    assert torch.isfinite(model(**batch).logits).all()
+
+
+# ---------------------------------------------------------------------------- placeholders and labels
+def test_labels_are_exactly_the_response_and_its_end(setup):
+    model, tokenizer, collator, samples = setup
+    for sample, ids, labels, mask in zip(
+        mixed(samples), *(collator(mixed(samples))[k] for k in ("input_ids", "labels", "attention_mask")), strict=True
+    ):
+        supervised = labels != IGNORE_INDEX
+        assert tokenizer.decode(labels[supervised]) == response_text(sample.record) + TURN_END
+        assert torch.equal(ids[supervised], labels[supervised])
+        assert supervised.nonzero().flatten().tolist() == list(
+            range(int(mask.sum()) - int(supervised.sum()), int(mask.sum()))
+        )
+        text = prompt_text(sample.record, tokenizer, model.num_visual_tokens)
+        assert tokenizer.decode(ids[~supervised & mask.bool()]) == text
+        assert text.count(IMAGE_TOKEN) == model.num_visual_tokens
+        assert text.startswith("<|im_start|>user\n<|vision_start|>") and text.endswith("<|im_start|>assistant\n")
+        assert (sample.record.get("situation") or "") in text
+
+
+def test_placeholder_count_is_checked_per_row(setup):
+    model, _, collator, samples = setup
+    batch = collator(mixed(samples))
+    row, column = (batch["input_ids"] == model.config.image_token_id).nonzero()[0]
+    batch["input_ids"][row, column] = 7
+    with pytest.raises(ValueError, match="placeholders per row"):
+        model(**batch)
+    with pytest.raises(ValueError, match="placeholders per row"):
+        model(batch["input_ids"], batch["attention_mask"])
+
+
+def test_too_long_sample_is_named_not_cut(setup, tiny_config):
+    model, tokenizer, _, samples = setup
+    collator = make_collator(model, tokenizer, dataclasses.replace(tiny_config.data, max_length=40))
+    with pytest.raises(ValueError, match=rf"scene {samples[0].record['scene_id']}.*data.max_length is 40"):
+        collator(samples[:1])
+
+
+def test_action_without_geometry_is_refused(setup):
+    _, _, collator, samples = setup
+    sample = next(s for s in samples if "action_json" in s.record)
+    blank = dataclasses.replace(sample, record={**sample.record, "geom_token": None})
+    with pytest.raises(ValueError, match="geom_token"):
+        collator([blank])
+
+
+def test_loss_equals_cross_entropy_over_full_logits(setup):
+    model, _, collator, samples = setup
+    model.eval()
+    batch = collator(mixed(samples))
+    labels = batch.pop("labels")
+    logits = model(**batch).logits
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
+    assert model(**batch, labels=labels).loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+# ---------------------------------------------------------------------------- generation
+def test_prefill_and_greedy_generation_equal_full_forwards(setup):
+    model, tokenizer, collator, samples = setup
+    model.eval()
+    picked = mixed(samples, 6)
+    ids, mask, index, views = prompt_inputs(collator(picked, generate=True))
+    result = model.generate(
+        ids, mask, index, views=views, max_new_tokens=6, do_sample=False, eos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id, output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    for i, sample in enumerate(picked):  # one at a time, unpadded, no cache
+        one_ids, one_mask, one_index, one_views = prompt_inputs(collator([sample], generate=True))
+        for step in range(6):
+            logits = model(one_ids, one_mask, scene_index=one_index, **one_views).logits[0, -1]
+            assert torch.allclose(logits, result.logits[step][i], atol=1e-4)
+            token = logits.argmax()
+            assert token == result.sequences[i, step]
+            one_ids = torch.cat([one_ids, token.view(1, 1)], dim=1)
+            one_mask = torch.ones_like(one_ids)
+
+
+def test_save_and_load_are_bit_equal(setup, tmp_path):
+    model, _, collator, samples = setup
+    model.eval().save_pretrained(tmp_path)
+    batch = collator(mixed(samples))
+    batch.pop("labels")
+    loaded = RoomPlanVLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+    (tmp_path / "config.json").write_text(
+        (tmp_path / "config.json").read_text().replace('"num_latents": 32', '"num_latents": 16')
+    )
+    with pytest.raises(ValueError, match="do not fit"):
+        RoomPlanVLM.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="model.safetensors is missing"):
+        RoomPlanVLM.from_pretrained(tmp_path)
+
+
+def test_merged_lora_leaves_the_logits(tiny_config):
+    language_model = dataclasses.replace(tiny_config.model.language_model, lora=LoraSettings(rank=4))
+    model, _, collator, samples = make_setup(replace_model(tiny_config, language_model=language_model))
+    names = [n for n, p in model.language_model.named_parameters() if p.requires_grad]
+    layers, projections = 4, 4
+    assert len(names) == 2 * layers * projections and all("lora_" in n for n in names)
+    with torch.no_grad():
+        for module in model.language_model.modules():
+            if hasattr(module, "lora_B"):
+                module.lora_B["default"].weight.normal_(std=0.1)
+    batch = collator(mixed(samples))
+    batch.pop("labels")
+    model.eval()
+    logits = model(**batch).logits
+    for module in model.language_model.modules():
+        if hasattr(module, "merge"):
+            module.merge()
+    assert torch.allclose(model(**batch).logits, logits, atol=1e-4)
+
+
+def test_unknown_qwen_field_is_refused(tiny_config):
+    language_model = dataclasses.replace(tiny_config.model.language_model, config={"hidden_sice": 64})
+    settings = dataclasses.replace(tiny_config.model, language_model=language_model)
+    with pytest.raises(ValueError, match="hidden_sice"):
+        build_model(settings, tiny_config.data, 300, 5)
+    with pytest.raises(ValueError, match="model.vggt.dept: unknown setting"):
+        build_model(dataclasses.replace(tiny_config.model, vggt={"dept": 3}), tiny_config.data, 300, 5)
+
+
+# ---------------------------------------------------------------------------- the parts on their own
+def test_resampler_parameters_at_full_size():
+    with torch.device("meta"):
+        resampler = PerceiverResampler(ResamplerConfig(128, 6, 1024, 4096, 64), 1, 2048, 2560)
+    attention = 1024 * 1024 * 2 + 1024 * 2048 * 2 + 1024 * 1024 * 4  # cross (q, kv, out) and self
+    expected = 6 * (attention + 2 * 1024 * 4096 + 3 * 2 * 1024) + 128 * 1024 + 2 * 1024 + 1024 * 2560
+    expected += 2 * 2048 + 2048 * (1 + 32 + 1 + 1)  # context norm; layer, view, camera embeddings, patch gain
+    assert sum(p.numel() for p in resampler.parameters()) == expected
+    assert 115e6 < expected < 117e6
+
+
+def test_resampler_tells_views_patches_and_layers_apart():
+    torch.manual_seed(0)
+    resampler = PerceiverResampler(ResamplerConfig(4, 2, 32, 64, 16), 2, 24, 16)
+    tokens = [torch.randn(1, 3, 2 + 6, 24) for _ in range(2)]
+    out = resampler(tokens, 2, (2, 3))
+    for other in (
+        [t[:, [0, 2, 1]] for t in tokens],  # two views swapped
+        [torch.cat([t[:, :, :2], t[:, :, 2:].flip(2)], dim=2) for t in tokens],  # patches reversed
+        tokens[::-1],  # layers swapped
+    ):
+        assert not torch.allclose(resampler(other, 2, (2, 3)), out, atol=1e-6)
+    registers = [t.clone() for t in tokens]
+    registers[0][:, :, 1] = 9  # between camera token and patches: left out
+    assert torch.equal(resampler(registers, 2, (2, 3)), out)
+    with pytest.raises(ValueError, match="max_views is 2"):
+        PerceiverResampler(ResamplerConfig(4, 2, 32, 64, 16, max_views=2), 2, 24, 16)(tokens, 2, (2, 3))
+
+
+def test_geometry_tokens_differ_and_ignore_records_that_are_not_there():
+    torch.manual_seed(0)
+    encoder = GeometryEncoder(GeometryConfig(4, 32, 16), 24)
+    records = torch.randn(2, 5, RECORD_WIDTH)
+    has = torch.tensor([True, False])
+    tokens = encoder(records, has)
+    assert tokens.shape == (2, 4, 24)
+    assert (torch.pdist(tokens[0]) > 1e-4).all()  # different tokens, not copies of one
+    other = records.clone()
+    other[1] = 7
+    assert torch.equal(encoder(other, has), tokens)
+    tokens[1].sum().backward()
+    assert encoder.null_record.grad.abs().sum() > 0
+
+
+def test_sine_positions_match_published_numbers():
+    golden = [0.841471, 0.540302, 0.01, 0.99995, 0.909297, -0.416147, 0.019999, 0.9998]
+    golden += [0.14112, -0.989992, 0.029995, 0.99955]
+    coords = torch.tensor([1.0, 2.0, 3.0])
+    assert torch.allclose(sin3d_encoding(coords, 12), torch.tensor(golden), atol=1e-6)
+    for width, norm, padding in ((2560, 35.75, 1), (3584, 42.32, 2)):
+        encoding = sin3d_encoding(coords, width)
+        assert encoding.norm().item() == pytest.approx(norm, abs=0.01) and (encoding[-padding:] == 0).all()
+
+
+def test_discrete_positions_and_masked_depth():
+    class Echo(torch.nn.Module):
+        def forward(self, coordinates):
+            return coordinates
+
+    coords, valid = torch.tensor([[1.0, 2.0, 3.0], [99.0, 0, 0]]), torch.tensor([True, False])
+    out = encode_positions(Echo(), PositionsConfig(coordinates="discrete"), coords, valid)
+    assert out.tolist() == [[160, 170, 80], [0, 0, 0]]
+    with pytest.raises(ValueError, match="unknown 'rope'; known: base, sin3d_pe, mlp_pe"):
+        build_positions(PositionsConfig(method="rope"), 8)
+    assert build_positions(PositionsConfig(method="base"), 8) is None
+
+
+def test_patch_means_equal_brute_force_and_skip_missing_depth():
+    rng = np.random.default_rng(0)
+    depth = rng.uniform(1, 3, (60, 80)).astype(np.float32)
+    depth[:20, :20] = 0  # the first patch has no depth at all
+    depth[25, 30] = 0
+    points, valid = unproject(depth, np.array([[70.0, 0, 39.5], [0, 70, 29.5], [0, 0, 1]]), np.eye(4))
+    means, known = patch_mean_coordinates(points, valid, (3, 4))
+    assert known.tolist() == [False] + [True] * 11 and (means[0] == 0).all()
+    for row in range(3):
+        for column in range(4):
+            block = (slice(row * 20, row * 20 + 20), slice(column * 20, column * 20 + 20))
+            if row + column:
+                assert np.allclose(means[row * 4 + column], points[block][valid[block]].mean(0), atol=1e-9)
+
+
+def test_picture_sizes_keep_their_content():
+    assert resized_size(256, 192, 112, 14) == (112, 84)
+    assert resized_size(192, 256, 448, 14) == (336, 448)
+    assert resized_size(1296, 968, 448, 14) == (448, 336)
+
+
+def test_trained_tokenizer_splits_digits_and_encodes_anything():
+    tokenizer = train_tokenizer(["Place an anchor at 123.45 123.45 123.45"] * 50, 400)
+    assert tokenizer.tokenize("123.45") == ["1", "2", "3", ".", "4", "5"]
+    for text in ("naïve 椅子 🪑\n\t x", "12.5,-3"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_parameter_table_adds_up(setup):
+    rows = parameter_table(setup[0])
+    assert rows[-1][1] == sum(row[1] for row in rows[:-1]) and rows[-1][2] == sum(row[2] for row in rows[:-1])
+
+
+def test_default_data_settings_travel_with_the_model(setup):
+    assert setup[0].config.data == {
+        name: getattr(DataConfig(max_length=256), name) for name in ("image_size", "max_length", "visual_first")
+    }
