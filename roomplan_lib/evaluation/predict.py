@@ -1,0 +1,197 @@
+"""Greedy answers of a model to held-out samples, and to the same samples with the views taken away or swapped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from roomplan_lib.actions import ActionError, parse_action
+from roomplan_lib.config import RunConfig
+from roomplan_lib.evaluation import CONTROLS, predictions_file
+from roomplan_lib.files import file_hash, write_whole
+from roomplan_lib.geometry import invert_pose
+from roomplan_lib.model.vlm import RoomPlanVLM
+from roomplan_lib.samples.targets import response_text, sample_world_to_reference, scene_action
+from roomplan_lib.training.collator import Collator, Sample, load_samples
+from roomplan_lib.training.run import load_model_folder, make_collator, make_model, make_tokenizer
+from roomplan_lib.training.trainer import list_checkpoints
+
+BATCH_KEYS = ("input_ids", "attention_mask", "scene_index")
+
+
+def predict_run(
+    config: RunConfig,
+    checkpoint: str | Path | None = None,
+    *,
+    num_scenes: int | None = None,
+    max_new_tokens: int | None = None,
+    device: str | None = None,
+) -> dict[str, Path]:
+    """Predictions of a run on its `data.eval_files`: predictions.jsonl and predictions_<control>.jsonl in its folder.
+
+    checkpoint: a model folder or checkpoint; "base" = the model before training (random or pretrained base weights);
+    None = the run's trained model, else its newest checkpoint. The other arguments override the config's.
+    Files made by the same weights from the same samples and settings are reused.
+    Raises ValueError when there is nothing to load.
+    """
+    settings = config.prediction
+    num_scenes = settings.num_scenes if num_scenes is None else num_scenes
+    max_new_tokens = max_new_tokens or settings.max_new_tokens
+    device = device or config.training.device
+    device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    samples = first_scenes(load_samples(config.data.eval_paths), num_scenes)
+    folder = find_weights(config, checkpoint)
+    if not (config.run_dir / "run.yaml").is_file():
+        raise ValueError(f"{config.run_dir / 'run.yaml'} is missing; train the run first")
+    fingerprint = {
+        "weights": file_hash(folder / "model.safetensors") if folder else "base",
+        "settings": hashlib.sha256((config.run_dir / "run.yaml").read_bytes()).hexdigest() if not folder else None,
+        "samples": [[str(file), file_hash(file)] for file in config.data.eval_paths],
+        "num_scenes": num_scenes,
+        "max_new_tokens": max_new_tokens,
+    }
+    paths = {name: predictions_file(config.run_dir, name) for name in ("model", *settings.controls)}
+    made = {name: path for name, path in paths.items() if _manifest(path) != fingerprint}
+    if made:
+        if folder:
+            model, tokenizer = load_model_folder(folder)
+        else:
+            tokenizer = make_tokenizer(config, load_samples(config.data.train_paths))
+            model = make_model(config, tokenizer)
+        model.to(device).eval()
+        collator = make_collator(model, tokenizer, config.data if folder is None else None)
+    for name, path in made.items():
+        rows = predict(
+            model, tokenizer, collator, samples, control=name, max_new_tokens=max_new_tokens,
+            batch_size=settings.batch_size,
+        )  # fmt: skip
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+        write_whole(_manifest_path(path), json.dumps(fingerprint, indent=1) + "\n")
+    for name in paths.keys() - made.keys():
+        print(f"{paths[name]}: same weights, samples and settings, reused")
+    return paths
+
+
+def predict(
+    model: RoomPlanVLM,
+    tokenizer: PreTrainedTokenizerBase,
+    collator: Collator,
+    samples: list[Sample],
+    *,
+    control: str = "model",
+    max_new_tokens: int = 96,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> list[dict]:
+    """One row per sample, in order: index, scene_id, task, question, prediction and reference (texts; metres in the
+    reference frame), action and reference_action (in the scene's frame) or error, view_ids.
+
+    control: "model" shows each sample its own views, "shuffled" another scene's, "blind" none.
+    """
+    if control not in CONTROLS:
+        raise ValueError(f"control: expected one of {', '.join(CONTROLS)}, got {control!r}")
+    order = sorted(range(len(samples)), key=lambda i: (str(samples[i].view_key), samples[i].record["task"]))
+    shown = other_scenes(samples) if control == "shuffled" else samples
+    texts: dict[int, str] = {}
+    with tqdm(total=len(samples), desc=f"predict ({control})", unit="sample", disable=not progress) as bar:
+        for start in range(0, len(order), batch_size):
+            part = order[start : start + batch_size]
+            batch = collator(
+                [samples[i] for i in part],
+                generate=True,
+                blind=control == "blind",
+                views=[shown[i] for i in part],
+            )
+            batch = to_device(batch, model.device)
+            inputs = {key: batch.pop(key) for key in BATCH_KEYS if key in batch}
+            ids = model.generate(
+                **inputs,
+                views=batch,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            for i, text in zip(part, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
+                texts[i] = text
+            bar.update(len(part))
+    return [_row(i, sample.record, texts[i]) for i, sample in enumerate(samples)]
+
+
+def other_scenes(samples: list[Sample]) -> list[Sample]:
+    """For each sample one whose views show another scene: the next one in order of scene ids.
+
+    Raises ValueError when all samples are of one scene.
+    """
+    by_scene = {sample.record["scene_id"]: sample for sample in samples}
+    ids = sorted(by_scene)
+    if len(ids) < 2:
+        raise ValueError("the shuffled control needs samples of at least two scenes")
+    following = dict(zip(ids, ids[1:] + ids[:1], strict=True))
+    return [by_scene[following[sample.record["scene_id"]]] for sample in samples]
+
+
+def first_scenes(samples: list[Sample], num_scenes: int) -> list[Sample]:
+    """The samples of the first `num_scenes` scenes in order of appearance, all for 0."""
+    ids = list(dict.fromkeys(sample.record["scene_id"] for sample in samples))
+    kept = set(ids[:num_scenes] if num_scenes else ids)
+    return [sample for sample in samples if sample.record["scene_id"] in kept]
+
+
+def find_weights(config: RunConfig, checkpoint: str | Path | None) -> Path | None:
+    """The folder with weights that `checkpoint` means for this run; None for "base"."""
+    if checkpoint == "base":
+        return None
+    if checkpoint is not None:
+        return Path(checkpoint)
+    trained = config.run_dir / "model"
+    candidates = [trained] if trained.is_dir() else list_checkpoints(config.run_dir / "checkpoints")[-1:]
+    if not candidates:
+        raise ValueError(f"{config.run_dir} holds no trained model; train the run, or predict with checkpoint 'base'")
+    return candidates[0]
+
+
+def to_device(value, device: torch.device):
+    """A batch with its tensors, also those in lists, on `device`."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: to_device(v, device) for key, v in value.items()}
+    return [to_device(v, device) for v in value] if isinstance(value, list) else value
+
+
+def _row(index: int, record: dict, text: str) -> dict:
+    row = {
+        "index": index,
+        "scene_id": record["scene_id"],
+        "task": record["task"],
+        "question": record.get("question") or record["instruction"],
+        "prediction": text,
+        "reference": response_text(record),
+    }
+    if record.get("situation"):
+        row["situation"] = record["situation"]
+    if "action_json" in record:
+        reference_to_world = invert_pose(sample_world_to_reference(record))
+        action = parse_action(text)
+        if isinstance(action, ActionError):
+            row |= {"action": None, "error": action.reason}
+        else:
+            row["action"] = asdict(action.transformed(reference_to_world).bound(record["scene_id"]))
+        row["reference_action"] = asdict(scene_action(record))
+    return row | {"view_ids": record.get("view_ids")}
+
+
+def _manifest_path(path: Path) -> Path:
+    return path.with_suffix(".manifest.json")
+
+
+def _manifest(path: Path) -> dict | None:
+    manifest = _manifest_path(path)
+    return json.loads(manifest.read_text()) if path.is_file() and manifest.is_file() else None

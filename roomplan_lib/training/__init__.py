@@ -1,0 +1,1 @@
+"""Samples to batches, the training loop, its checkpoints and runs."""

@@ -1,0 +1,230 @@
+"""The training loop: Hugging Face's Trainer with our batches, parameter groups, metrics file and whole checkpoints."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_model
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from roomplan_lib.config import RunConfig
+from roomplan_lib.files import write_whole
+from roomplan_lib.model.vlm import RoomPlanVLM
+from roomplan_lib.training.collator import Collator, Sample
+from roomplan_lib.training.sampler import GroupedBatchSampler
+
+CHECKPOINT_MARK = "trainer_state.json"  # the last file that a checkpoint gets
+
+
+class RoomPlanTrainer(Trainer):
+    """Steps are optimizer steps; the loss is averaged over the supervised tokens of a whole step."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: RoomPlanVLM,
+        collator: Collator,
+        train_samples: list[Sample],
+        eval_samples: list[Sample],
+        on_log: Callable[[dict], None] | None = None,
+    ) -> None:
+        settings = config.training
+        evaluate = bool(settings.eval_every_steps and eval_samples)
+        device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        arguments = TrainingArguments(
+            output_dir=str(config.run_dir / "checkpoints"),
+            num_train_epochs=1,  # the sampler's one pass is the whole run
+            per_device_train_batch_size=settings.micro_batch_size,
+            per_device_eval_batch_size=settings.micro_batch_size,
+            gradient_accumulation_steps=settings.gradient_accumulation_steps,
+            lr_scheduler_type=settings.lr_scheduler,
+            learning_rate=settings.learning_rate,
+            warmup_steps=int(settings.warmup_ratio * settings.max_steps),
+            max_grad_norm=settings.max_grad_norm,
+            bf16=settings.bf16,
+            use_cpu=device == "cpu",
+            logging_steps=settings.log_every_steps,
+            logging_first_step=True,
+            logging_nan_inf_filter=False,  # a NaN loss is to be seen, not replaced by an average
+            eval_strategy="steps" if evaluate else "no",
+            eval_steps=settings.eval_every_steps or None,
+            save_strategy="steps",
+            save_steps=settings.save_every_steps,
+            dataloader_num_workers=config.data.num_workers,
+            dataloader_pin_memory=device == "cuda",
+            remove_unused_columns=False,
+            prediction_loss_only=True,
+            label_names=["labels"],
+            disable_tqdm=True,
+            report_to="none",
+            seed=config.seed,
+        )
+        self.config, self.train_samples = config, train_samples
+        self.num_samples = self.num_tokens = 0  # since the last log
+        self._staging: str | None = None
+        super().__init__(
+            model=model,
+            args=arguments,
+            data_collator=collator,
+            train_dataset=train_samples,
+            eval_dataset=eval_samples or None,
+            callbacks=[MetricsFile(self, config, on_log)],
+        )
+        self.remove_callback(PrinterCallback)  # MetricsFile prints a line that people can read
+
+    def get_train_dataloader(self) -> DataLoader:
+        settings = self.config.training
+        sampler = GroupedBatchSampler(
+            self.train_samples,
+            micro_batch_size=settings.micro_batch_size,
+            group_size=settings.group_size,
+            num_batches=settings.max_steps * settings.gradient_accumulation_steps * self.args.world_size,
+            seed=self.config.seed,
+        )
+        loader = DataLoader(
+            self.train_samples,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = torch.optim.AdamW(
+                parameter_groups(self.model, self.config), betas=(0.9, 0.95), fused=self.args.device.type == "cuda"
+            )
+        return self.optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if model.training:
+            self.num_samples += len(inputs["input_ids"])
+            self.num_tokens += int(inputs["attention_mask"].sum())
+        loss = model(**inputs, num_items_in_batch=num_items_in_batch).loss
+        if not torch.isfinite(loss):
+            raise ValueError(f"step {self.state.global_step + 1}: the loss is {loss.item()}; lower the learning rates")
+        return (loss, None) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        with torch.no_grad():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    # ------------------------------------------------------------------ checkpoints: whole or not at all
+    def _get_output_dir(self, trial) -> str:
+        return self._staging or self.args.output_dir
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Saves under a temporary name and renames, then drops all but the newest `keep_checkpoints`."""
+        final = Path(self.args.output_dir)
+        self._staging = str(final / ".partial")
+        if self.args.should_save:
+            shutil.rmtree(self._staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            name = f"checkpoint-{self.state.global_step}"
+            shutil.rmtree(final / name, ignore_errors=True)
+            (Path(self._staging) / name).rename(final / name)
+            shutil.rmtree(self._staging)
+            for old in list_checkpoints(final)[: -self.config.training.keep_checkpoints]:
+                shutil.rmtree(old)
+        self._staging = None
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        load_model(self.model, str(Path(resume_from_checkpoint) / "model.safetensors"), strict=True)
+
+
+def parameter_groups(model: RoomPlanVLM, config: RunConfig) -> list[dict]:
+    """AdamW groups: the rate by part, weight decay on matrices only (no norms, biases, embeddings or latents)."""
+    settings = config.training
+    rates = {"encoder": settings.encoder_learning_rate, "language_model": settings.learning_rate}
+    groups = []
+    for name, part in model.parts().items():
+        linear = {id(m.weight) for m in part.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
+        for decay in (True, False):
+            parameters = [p for p in part.parameters() if p.requires_grad and (id(p) in linear) == decay]
+            if parameters:
+                groups.append(
+                    {
+                        "params": parameters,
+                        "lr": rates.get(name, settings.resampler_learning_rate),
+                        "weight_decay": settings.weight_decay if decay else 0.0,
+                        "name": name,
+                    }
+                )
+    if not groups:
+        raise ValueError("nothing to train: every part is frozen; see model.freeze_vggt and model.language_model")
+    return groups
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if (path / CHECKPOINT_MARK).is_file()]
+    return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
+
+
+class MetricsFile(TrainerCallback):
+    """Appends each log to metrics.jsonl, prints a line with rate and ETA, and hands the entry to a listener."""
+
+    def __init__(self, trainer: RoomPlanTrainer, config: RunConfig, listener: Callable[[dict], None] | None) -> None:
+        self.trainer, self.listener = trainer, listener
+        self.path = config.run_dir / "metrics.jsonl"
+        self.max_steps = config.training.max_steps
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        kept = [entry for entry in read_metrics(self.path) if entry["step"] <= state.global_step]
+        if state.is_world_process_zero:
+            write_whole(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
+        self.start_step, self.start_time = state.global_step, time.monotonic()
+        self.last_time = self.start_time
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if not state.is_world_process_zero or not {"loss", "eval_loss"} & set(logs):
+            return
+        now = time.monotonic()
+        entry = {"step": state.global_step, "elapsed_s": round(now - self.start_time, 2)}
+        if "loss" in logs:
+            seconds = max(now - self.last_time, 1e-9)
+            entry |= {"loss": logs["loss"], "grad_norm": logs.get("grad_norm"), "learning_rate": logs["learning_rate"]}
+            entry |= {
+                "samples_per_s": round(self.trainer.num_samples / seconds, 2),
+                "tokens_per_s": round(self.trainer.num_tokens / seconds, 1),
+            }
+            rate = (state.global_step - self.start_step) / (now - self.start_time)
+            eta = (self.max_steps - state.global_step) / rate
+            print(
+                f"step {state.global_step:>6}/{self.max_steps}  loss {entry['loss']:.4f}  "
+                f"{entry['samples_per_s']:.1f} samples/s  {entry['tokens_per_s']:.0f} tokens/s  "
+                f"ETA {int(eta) // 60:02d}:{int(eta) % 60:02d}",
+                flush=True,
+            )
+        else:
+            entry["eval_loss"] = logs["eval_loss"]
+            print(f"step {state.global_step:>6}/{self.max_steps}  held-out loss {entry['eval_loss']:.4f}", flush=True)
+        self.last_time, self.trainer.num_samples, self.trainer.num_tokens = time.monotonic(), 0, 0
+        with self.path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        if self.listener:
+            self.listener(entry)
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """Entries of a metrics.jsonl, [] when there is none; a last line cut off by a kill is left out."""
+    if not path.is_file():
+        return []
+    entries = []
+    for line in path.read_text().splitlines():
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return entries

@@ -1,0 +1,206 @@
+"""Runs: batches in order, the same loss twice, resuming where a run was stopped, and one clear error for bad input."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from roomplan_lib.config import parse, to_dict
+from roomplan_lib.samples import read_manifest, read_samples, sample_root
+from roomplan_lib.training.collator import Sample, load_samples
+from roomplan_lib.training.run import load_model_folder, make_collator, train
+from roomplan_lib.training.sampler import GroupedBatchSampler
+from roomplan_lib.training.trainer import RoomPlanTrainer, list_checkpoints, read_metrics
+
+
+def losses(run_dir):
+    return {e["step"]: e["loss"] for e in read_metrics(run_dir / "metrics.jsonl") if "loss" in e}
+
+
+def with_training(config, **changes):
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, **changes))
+
+
+def test_run_folder_holds_everything_and_the_loss_falls(tiny_config):
+    config = with_training(tiny_config, max_steps=12)
+    entries = []
+    run_dir = train(config, on_log=entries.append)
+    assert entries == read_metrics(run_dir / "metrics.jsonl")
+    assert list(losses(run_dir)) == list(range(1, 13))
+    assert np.mean(list(losses(run_dir).values())[-3:]) < losses(run_dir)[1] - 0.5
+    assert [e["step"] for e in entries if "eval_loss" in e] == [3, 6, 9, 12]
+    assert all(e["samples_per_s"] > 0 and e["tokens_per_s"] > 0 for e in entries if "loss" in e)
+    assert yaml.safe_load((run_dir / "run.yaml").read_text()) == to_dict(config)
+    assert json.loads((run_dir / "run.json").read_text())["versions"]["torch"] == torch.__version__
+    assert [p.name for p in list_checkpoints(run_dir / "checkpoints")] == ["checkpoint-10", "checkpoint-12"]
+    trained, _ = load_model_folder(run_dir / "model")
+    assert parse(type(config.model), trained.config.model) == config.model
+    before = (run_dir / "model" / "model.safetensors").stat().st_mtime_ns
+    assert train(config) == run_dir  # complete: nothing is done again
+    assert (run_dir / "model" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_same_seed_same_loss_other_seed_other_loss(tiny_config, tmp_path):
+    runs = [
+        losses(train(dataclasses.replace(tiny_config, runs_dir=str(tmp_path / name), seed=seed)))
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    ]
+    assert runs[0] == runs[1]
+    assert runs[0] != runs[2]
+
+
+def test_interrupted_run_repeats_the_uninterrupted_losses(tiny_config, tmp_path, monkeypatch):
+    whole = train(dataclasses.replace(tiny_config, runs_dir=str(tmp_path / "whole")))
+    save = RoomPlanTrainer.save_model
+    calls = []
+
+    def dies_in_second_save(self, *args, **kwargs):
+        save(self, *args, **kwargs)
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt  # weights are written, optimizer and state are not
+
+    monkeypatch.setattr(RoomPlanTrainer, "save_model", dies_in_second_save)
+    config = dataclasses.replace(tiny_config, runs_dir=str(tmp_path / "cut"))
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    monkeypatch.undo()
+    assert [p.name for p in list_checkpoints(config.run_dir / "checkpoints")] == ["checkpoint-2"]
+    assert list(losses(config.run_dir)) == [1, 2, 3, 4]  # steps 3 and 4 are to be done again
+    train(config)
+    assert losses(config.run_dir) == losses(whole)
+    models = [load_model_folder(path / "model")[0].state_dict() for path in (whole, config.run_dir)]
+    assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
+    assert not list((config.run_dir / "checkpoints").glob(".partial*"))
+
+
+def test_other_settings_are_refused_by_name(tiny_config):
+    train(with_training(tiny_config, max_steps=1))
+    with pytest.raises(ValueError, match=r"training.learning_rate: 0.001 -> 0.002.*choose another run_name"):
+        train(with_training(tiny_config, max_steps=1, learning_rate=0.002))
+
+
+def test_other_samples_are_refused_by_name(tiny_config, sample_files, tmp_path):
+    config = damaged_copy(tiny_config, sample_files, tmp_path, lambda lines: lines)
+    config = with_training(config, max_steps=1, eval_every_steps=0)
+    train(config)
+    damaged_copy(tiny_config, sample_files, tmp_path, lambda lines: lines[:-1])
+    with pytest.raises(ValueError, match=r"other samples than .*damaged.jsonl"):
+        train(config)
+    with pytest.raises(ValueError, match=r"absent.jsonl is missing; make samples"):
+        train(
+            dataclasses.replace(
+                config, run_name="b", data=dataclasses.replace(config.data, train_files=("absent.jsonl",))
+            )
+        )
+
+
+def test_accumulation_equals_one_large_batch(tiny_config, tmp_path):
+    config = with_training(tiny_config, max_steps=3, learning_rate=1e-4)
+    runs = [(8, 1), (4, 2)]  # the sampler draws the same groups either way
+    curves = [
+        losses(
+            train(
+                dataclasses.replace(
+                    with_training(config, micro_batch_size=size, gradient_accumulation_steps=steps),
+                    runs_dir=str(tmp_path / str(size)),
+                )
+            )
+        )
+        for size, steps in runs
+    ]
+    assert list(curves[0].values()) == pytest.approx(list(curves[1].values()), rel=1e-4)
+
+
+def test_nothing_to_train_is_an_error(tiny_config):
+    language_model = dataclasses.replace(tiny_config.model.language_model, freeze=True)
+    geometry = dataclasses.replace(tiny_config.model.geometry, num_tokens=0)
+    model = dataclasses.replace(tiny_config.model, freeze_vggt=True, language_model=language_model, geometry=geometry)
+    trained = train(dataclasses.replace(tiny_config, model=model))  # the resampler still learns
+    assert (trained / "model").is_dir()
+
+
+# ---------------------------------------------------------------------------- order of samples
+def fake_samples(sizes, tmp_path):
+    return [Sample({"images": [f"{scene}.png"]}, tmp_path) for scene, size in enumerate(sizes) for _ in range(size)]
+
+
+def test_sampler_groups_by_views_and_covers_every_sample(tmp_path):
+    samples = fake_samples([7, 4, 9, 1], tmp_path)
+    order = list(GroupedBatchSampler(samples, micro_batch_size=8, group_size=4, num_batches=40, seed=0))
+    assert len(order) == 40
+    groups = 2 + 1 + 3 + 1  # groups in one pass
+    flat = [i for batch in order for i in batch]
+    first = flat[: len(samples)]
+    assert sorted(first) == list(range(len(samples)))  # one pass sees everything once
+    for batch in order:
+        keys = [samples[i].view_key for i in batch]
+        runs = 1 + sum(a != b for a, b in zip(keys, keys[1:], strict=False))
+        assert runs <= 2 and len(batch) <= 8
+    again = list(GroupedBatchSampler(samples, micro_batch_size=8, group_size=4, num_batches=40, seed=0))
+    other = list(GroupedBatchSampler(samples, micro_batch_size=8, group_size=4, num_batches=40, seed=1))
+    assert again == order and other != order
+    assert order[:groups] != order[groups : 2 * groups]
+
+
+# ---------------------------------------------------------------------------- bad input
+def damaged_copy(tiny_config, sample_files, tmp_path, change):
+    """The training samples in a folder of their own after `change(lines)`; pictures stay where they are."""
+    source = sample_files["anchors_train"]
+    lines = source.read_text().splitlines()
+    target = tmp_path / "damaged.jsonl"
+    target.write_text("\n".join(change(lines)) + "\n")
+    manifest = read_manifest(source) | {"root": str(sample_root(source).resolve())}
+    target.with_suffix(".manifest.json").write_text(json.dumps(manifest))
+    return dataclasses.replace(tiny_config, data=dataclasses.replace(tiny_config.data, train_files=(str(target),)))
+
+
+def test_truncated_samples_are_named(tiny_config, sample_files, tmp_path):
+    config = damaged_copy(tiny_config, sample_files, tmp_path, lambda lines: [lines[0], lines[1][:80]])
+    with pytest.raises(ValueError, match=r"damaged.jsonl:2"):
+        train(config)
+
+
+def test_missing_picture_is_named(tiny_config, sample_files, tmp_path):
+    def rename(lines):
+        return [line.replace("lowres_wide/", "lowres_wide/gone_", 1) for line in lines]
+
+    with pytest.raises(ValueError, match=r"gone_.*missing"):
+        train(damaged_copy(tiny_config, sample_files, tmp_path, rename))
+
+
+def test_corrupt_picture_is_named(tiny_config, rooms_root, sample_files, tmp_path):
+    record = read_samples(sample_files["anchors_train"])[0]
+    copy = tmp_path / "scenes"
+    for image in record["images"] + record["depths"]:
+        (copy / image).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(rooms_root / image, copy / image)
+    (copy / record["images"][1]).write_bytes((rooms_root / record["images"][1]).read_bytes()[:500])
+    config = dataclasses.replace(tiny_config)
+    samples = [Sample(record, copy)]
+    from roomplan_lib.training.run import make_model, make_tokenizer
+
+    tokenizer = make_tokenizer(config, samples)
+    collator = make_collator(make_model(config, tokenizer), tokenizer, config.data)
+    with pytest.raises(ValueError, match=r"cannot read the picture"):
+        collator(samples)
+    with pytest.raises(ValueError, match=r"\.\./"):
+        collator([Sample({**record, "images": ["../x.png", *record["images"][1:]]}, copy)])
+
+
+def test_positions_without_depth_are_an_error(tiny_config, sample_files, tmp_path):
+    def drop(lines):
+        return [json.dumps({k: v for k, v in json.loads(line).items() if k != "depths"}) for line in lines]
+
+    with pytest.raises(ValueError, match="3D positions need geom_token and depths"):
+        train(damaged_copy(tiny_config, sample_files, tmp_path, drop))
+
+
+def test_empty_file_is_an_error(tmp_path):
+    (tmp_path / "none.jsonl").write_text("")
+    with pytest.raises(ValueError, match="none.jsonl"):
+        load_samples([tmp_path / "none.jsonl"])
