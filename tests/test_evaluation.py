@@ -126,13 +126,13 @@ def test_predictions_keep_their_order_whatever_the_batch(base):
 
 def test_controls_change_what_is_shown(base):
     model, tokenizer, collator, samples = base
-    for sample, other in zip(samples, other_scenes(samples), strict=True):
+    for sample, other in zip(samples, other_scenes(samples, samples), strict=True):
         assert other.record["scene_id"] != sample.record["scene_id"]
     one_scene = first_scenes(samples, 1)
     assert {s.record["scene_id"] for s in one_scene} == {samples[0].record["scene_id"]}
-    with pytest.raises(ValueError, match="two scenes"):
-        other_scenes(one_scene)
-    batch = collator(samples[:1], generate=True, views=[other_scenes(samples)[0]])
+    with pytest.raises(ValueError, match="second scene"):
+        other_scenes(one_scene, one_scene)
+    batch = collator(samples[:1], generate=True, views=[other_scenes(samples[:1], samples)[0]])
     own = collator(samples[:1], generate=True)
     assert (batch["input_ids"] == own["input_ids"]).all()  # the same question
     assert not np.array_equal(batch["pixel_values"][0], own["pixel_values"][0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_right
 from dataclasses import asdict
 from pathlib import Path
 
@@ -45,7 +46,8 @@ def predict_run(
     max_new_tokens = max_new_tokens or settings.max_new_tokens
     device = device or config.training.device
     device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    samples = first_scenes(load_samples(config.data.eval_paths), num_scenes)
+    pool = load_samples(config.data.eval_paths)
+    samples = first_scenes(pool, num_scenes)
     folder = find_weights(config, checkpoint)
     if not (config.run_dir / "run.yaml").is_file():
         raise ValueError(f"{config.run_dir / 'run.yaml'} is missing; train the run first")
@@ -68,9 +70,15 @@ def predict_run(
         collator = make_collator(model, tokenizer, config.data if folder is None else None)
     for name, path in made.items():
         rows = predict(
-            model, tokenizer, collator, samples, control=name, max_new_tokens=max_new_tokens,
+            model,
+            tokenizer,
+            collator,
+            samples,
+            control=name,
+            pool=pool,
+            max_new_tokens=max_new_tokens,
             batch_size=settings.batch_size,
-        )  # fmt: skip
+        )
         write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
         write_whole(_manifest_path(path), json.dumps(fingerprint, indent=1) + "\n")
     for name in paths.keys() - made.keys():
@@ -85,6 +93,7 @@ def predict(
     samples: list[Sample],
     *,
     control: str = "model",
+    pool: list[Sample] | None = None,
     max_new_tokens: int = 96,
     batch_size: int = 64,
     progress: bool = True,
@@ -92,12 +101,13 @@ def predict(
     """One row per sample, in order: index, scene_id, task, question, prediction and reference (texts; metres in the
     reference frame), action and reference_action (in the scene's frame) or error, view_ids.
 
-    control: "model" shows each sample its own views, "shuffled" another scene's, "blind" none.
+    control: "model" shows each sample its own views, "shuffled" another scene's (of `pool`, or of `samples`), "blind"
+    none.
     """
     if control not in CONTROLS:
         raise ValueError(f"control: expected one of {', '.join(CONTROLS)}, got {control!r}")
     order = sorted(range(len(samples)), key=lambda i: (str(samples[i].view_key), samples[i].record["task"]))
-    shown = other_scenes(samples) if control == "shuffled" else samples
+    shown = other_scenes(samples, pool or samples) if control == "shuffled" else samples
     texts: dict[int, str] = {}
     with tqdm(total=len(samples), desc=f"predict ({control})", unit="sample", disable=not progress) as bar:
         for start in range(0, len(order), batch_size):
@@ -124,17 +134,21 @@ def predict(
     return [_row(i, sample.record, texts[i]) for i, sample in enumerate(samples)]
 
 
-def other_scenes(samples: list[Sample]) -> list[Sample]:
-    """For each sample one whose views show another scene: the next one in order of scene ids.
+def other_scenes(samples: list[Sample], pool: list[Sample]) -> list[Sample]:
+    """For each sample one of `pool` whose views show another scene: the next one in order of scene ids, round about.
 
-    Raises ValueError when all samples are of one scene.
+    Raises ValueError when the pool holds no other scene.
     """
-    by_scene = {sample.record["scene_id"]: sample for sample in samples}
+    by_scene = {sample.record["scene_id"]: sample for sample in pool}
     ids = sorted(by_scene)
-    if len(ids) < 2:
-        raise ValueError("the shuffled control needs samples of at least two scenes")
-    following = dict(zip(ids, ids[1:] + ids[:1], strict=True))
-    return [by_scene[following[sample.record["scene_id"]]] for sample in samples]
+    others = []
+    for sample in samples:
+        scene_id = sample.record["scene_id"]
+        following = ids[bisect_right(ids, scene_id) % len(ids)]
+        if following == scene_id:
+            raise ValueError(f"the shuffled control needs a second scene beside {scene_id}")
+        others.append(by_scene[following])
+    return others
 
 
 def first_scenes(samples: list[Sample], num_scenes: int) -> list[Sample]:
