@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from roomplan_lib.config import parse, to_dict
 from roomplan_lib.samples import read_manifest, read_samples, sample_root
 from roomplan_lib.training.collator import Sample, load_samples
-from roomplan_lib.training.run import load_model_folder, make_collator, train
+from roomplan_lib.training.run import load_model_folder, make_collator, make_model, make_tokenizer, train
 from roomplan_lib.training.sampler import GroupedBatchSampler
 from roomplan_lib.training.trainer import RoomPlanTrainer, list_checkpoints, read_metrics
 
@@ -37,6 +38,9 @@ def test_run_folder_holds_everything_and_the_loss_falls(tiny_config):
     assert yaml.safe_load((run_dir / "run.yaml").read_text()) == to_dict(config)
     assert json.loads((run_dir / "run.json").read_text())["versions"]["torch"] == torch.__version__
     assert [p.name for p in list_checkpoints(run_dir / "checkpoints")] == ["checkpoint-10", "checkpoint-12"]
+    board = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    assert [e.step for e in board.Scalars("loss")] == list(range(1, 13))
+    assert [e.value for e in board.Scalars("loss")] == pytest.approx(list(losses(run_dir).values()))
     trained, _ = load_model_folder(run_dir / "model")
     assert parse(type(config.model), trained.config.model) == config.model
     before = (run_dir / "model" / "model.safetensors").stat().st_mtime_ns
@@ -182,8 +186,6 @@ def test_corrupt_picture_is_named(tiny_config, rooms_root, sample_files, tmp_pat
     (copy / record["images"][1]).write_bytes((rooms_root / record["images"][1]).read_bytes()[:500])
     config = dataclasses.replace(tiny_config)
     samples = [Sample(record, copy)]
-    from roomplan_lib.training.run import make_model, make_tokenizer
-
     tokenizer = make_tokenizer(config, samples)
     collator = make_collator(make_model(config, tokenizer), tokenizer, config.data)
     with pytest.raises(ValueError, match=r"cannot read the picture"):

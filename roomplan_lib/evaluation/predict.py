@@ -20,7 +20,7 @@ from roomplan_lib.geometry import invert_pose
 from roomplan_lib.model.vlm import RoomPlanVLM
 from roomplan_lib.samples.targets import response_text, sample_world_to_reference, scene_action
 from roomplan_lib.training.collator import Collator, Sample, load_samples
-from roomplan_lib.training.run import load_model_folder, make_collator, make_model, make_tokenizer
+from roomplan_lib.training.run import load_model_folder, make_collator, make_model, make_tokenizer, open_run
 from roomplan_lib.training.trainer import list_checkpoints
 
 BATCH_KEYS = ("input_ids", "attention_mask", "scene_index")
@@ -50,7 +50,7 @@ def predict_run(
     samples = first_scenes(pool, num_scenes)
     folder = find_weights(config, checkpoint)
     if not (config.run_dir / "run.yaml").is_file():
-        raise ValueError(f"{config.run_dir / 'run.yaml'} is missing; train the run first")
+        open_run(config)
     fingerprint = {
         "weights": file_hash(folder / "model.safetensors") if folder else "base",
         "settings": hashlib.sha256((config.run_dir / "run.yaml").read_bytes()).hexdigest() if not folder else None,

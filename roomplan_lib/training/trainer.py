@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_model
 from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -173,7 +174,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 class MetricsFile(TrainerCallback):
-    """Appends each log to metrics.jsonl, prints a line with rate and ETA, and hands the entry to a listener."""
+    """Writes each log to metrics.jsonl and TensorBoard, prints a line with rate and ETA, tells a listener."""
 
     def __init__(self, trainer: RoomPlanTrainer, config: RunConfig, listener: Callable[[dict], None] | None) -> None:
         self.trainer, self.listener = trainer, listener
@@ -184,6 +185,7 @@ class MetricsFile(TrainerCallback):
         kept = [entry for entry in read_metrics(self.path) if entry["step"] <= state.global_step]
         if state.is_world_process_zero:
             write_whole(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
+            self.board = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=state.global_step + 1)
         self.start_step, self.start_time = state.global_step, time.monotonic()
         self.last_time = self.start_time
 
@@ -194,7 +196,7 @@ class MetricsFile(TrainerCallback):
         entry = {"step": state.global_step, "elapsed_s": round(now - self.start_time, 2)}
         if "loss" in logs:
             seconds = max(now - self.last_time, 1e-9)
-            entry |= {"loss": logs["loss"], "grad_norm": logs.get("grad_norm"), "learning_rate": logs["learning_rate"]}
+            entry |= {"loss": logs["loss"], "grad_norm": logs["grad_norm"], "learning_rate": logs["learning_rate"]}
             entry |= {
                 "samples_per_s": round(self.trainer.num_samples / seconds, 2),
                 "tokens_per_s": round(self.trainer.num_tokens / seconds, 1),
@@ -213,8 +215,14 @@ class MetricsFile(TrainerCallback):
         self.last_time, self.trainer.num_samples, self.trainer.num_tokens = time.monotonic(), 0, 0
         with self.path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
+        for name in entry.keys() - {"step", "elapsed_s"}:
+            self.board.add_scalar(name, entry[name], state.global_step)
         if self.listener:
             self.listener(entry)
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        if state.is_world_process_zero:
+            self.board.close()
 
 
 def read_metrics(path: Path) -> list[dict]:
