@@ -30,6 +30,8 @@ quickstart: install ## rooms -> training -> predictions -> scores -> picture, on
 	@mkdir -p papermill_runs/quickstart
 	$(BIN)/papermill notebooks/03_train.ipynb papermill_runs/quickstart/03_train.ipynb \
 	  -f papermill_runs/params/tiny.yaml -p run_name quickstart --log-output --no-progress-bar
+	@cp papermill_runs/quickstart/anchors.png figures/quickstart_anchors.png
+	@cp papermill_runs/quickstart/curve.png figures/quickstart_curve.png
 	@echo "papermill_runs/quickstart/: 03_train.ipynb run.yaml metrics.jsonl predictions.jsonl scores.json"
 	@echo "figures/quickstart_anchors.png: predicted (orange) and true (blue) anchors"
 
@@ -43,6 +45,11 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/nbstripout --verify notebooks/*.ipynb
+
+figures: install ## draw the README's pictures again (after quickstart)
+	@cp papermill_runs/quickstart/anchors.png figures/quickstart_anchors.png
+	@cp papermill_runs/quickstart/curve.png figures/quickstart_curve.png
+	$(BIN)/python -m roomplan_lib.viz.readme $(DATA)/raw/rooms figures
 
 lab: install ## JupyterLab on this machine, opened at the notebooks
 	$(BIN)/jupyter lab --ip=127.0.0.1 notebooks

@@ -46,6 +46,8 @@ def predict_run(
     max_new_tokens = max_new_tokens or settings.max_new_tokens
     device = device or config.training.device
     device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if not config.data.eval_paths:
+        raise ValueError("data.eval_files is empty; name the files of held-out samples to predict on")
     pool = load_samples(config.data.eval_paths)
     samples = first_scenes(pool, num_scenes)
     folder = find_weights(config, checkpoint)

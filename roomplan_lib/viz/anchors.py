@@ -1,0 +1,195 @@
+"""Predicted beside true anchors: rooms from outside, the views that show them, a map and the numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from matplotlib.gridspec import GridSpecFromSubplotSpec
+from matplotlib.lines import Line2D
+
+from roomplan_lib.actions import PlaceAnchor
+from roomplan_lib.geometry import OrientedBox, box_iou_3d
+from roomplan_lib.samples.visibility import MIN_VISIBLE_PIXELS, pixels_in_boxes
+from roomplan_lib.scenes import Scene, View
+from roomplan_lib.viz.boxes import draw_boxes_on_view
+from roomplan_lib.viz.clouds import backdrop, find_views
+from roomplan_lib.viz.oblique import (
+    TOP,
+    best_direction,
+    draw_boxes,
+    draw_cameras,
+    draw_connectors,
+    draw_surfels,
+    map_axes,
+    place_labels,
+    scale_bar,
+    set_limits,
+)
+from roomplan_lib.viz.style import CAMERA_COLOR, DASHES, FONT_SIZE, PREDICTED_COLOR, TRUE_COLOR, PrintFigure
+
+ENOUGH_PIXELS = 8 * MIN_VISIBLE_PIXELS
+ROW_HEIGHT = 3.45  # inches of a room's row
+
+
+@dataclass(frozen=True, eq=False)
+class AnchorPair:
+    """One prediction in the scene's frame. predicted: None when the model's text was invalid. number: from 1, of the
+    true box among the scene's; two instructions that mean one object share it."""
+
+    number: int
+    true: OrientedBox
+    predicted: OrientedBox | None
+
+    @property
+    def center_error_m(self) -> float | None:
+        if self.predicted is None:
+            return None
+        return float(np.linalg.norm(self.predicted.center - self.true.center))
+
+    @property
+    def iou_3d(self) -> float:
+        """0 for an invalid prediction."""
+        return 0.0 if self.predicted is None else box_iou_3d(self.true, self.predicted)
+
+
+def anchor_pairs(scene: Scene, rows: list[dict]) -> list[AnchorPair]:
+    """The anchor rows of this scene (others are passed over), in their order, as boxes in the scene's frame.
+
+    Raises ValueError when there is none.
+    """
+    pairs: list[AnchorPair] = []
+    for row in rows:
+        if row["scene_id"] != scene.scene_id or "reference_action" not in row:
+            continue
+        true = action_box(row["reference_action"])
+        same = [p.number for p in pairs if p.true.label == true.label and np.allclose(p.true.center, true.center)]
+        number = same[0] if same else 1 + max((p.number for p in pairs), default=0)
+        pairs.append(AnchorPair(number, true, action_box(row["action"]) if row["action"] else None))
+    if not pairs:
+        raise ValueError(f"scene {scene.scene_id}: none of the {len(rows)} predictions is an anchor in it")
+    return pairs
+
+
+def action_box(action: dict) -> OrientedBox:
+    """The upright box of an action as prediction files hold it (a dict with lists)."""
+    return PlaceAnchor(**{k: tuple(v) if isinstance(v, list) else v for k, v in action.items()}).to_box()
+
+
+def best_views(scene: Scene, views: list[View], boxes: list[OrientedBox], num_views: int) -> list[View]:
+    """The views that together show most of the boxes by depth; each further one adds what is still small."""
+    all_pixels = pixels_in_boxes(replace(scene, boxes=boxes), views)
+    pixels = np.minimum(all_pixels, ENOUGH_PIXELS)  # many boxes shown well rather than one that fills the picture
+    chosen: list[int] = []
+    best = np.zeros(len(boxes))
+    for _ in range(min(num_views, len(views))):
+        gains = np.maximum(pixels, best).sum(axis=1) + 1e-3 * all_pixels.sum(axis=1)
+        gains[chosen] = -1
+        chosen.append(int(np.argmax(gains)))
+        best = np.maximum(best, pixels[chosen[-1]])
+    return [views[i] for i in chosen]
+
+
+def anchors_figure(scene: Scene, rows: list[dict], *, max_anchors: int = 12) -> PrintFigure:
+    """True and predicted anchors of one room: from outside, in the two views that show most, from above, as numbers.
+
+    rows: as in predictions.jsonl. max_anchors: the first so many rows of the room are shown (and counted in the title).
+    Raises ValueError when no row is an anchor in the room, or a row names a view that the scene lacks.
+    """
+    return _figure([scene], rows, max_anchors)
+
+
+def save_anchors_figure(
+    scenes: list[Scene], rows: list[dict], path: str | Path, *, max_anchors: int = 12
+) -> PrintFigure:
+    """`anchors_figure` of several rooms, one row each, written to `path` (PNG, PDF or SVG) and returned."""
+    figure = _figure(list(scenes), rows, max_anchors)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return figure
+
+
+def _figure(scenes: list[Scene], rows: list[dict], max_anchors: int) -> PrintFigure:
+    if not scenes:
+        raise ValueError("anchors_figure: no scene to show")
+    height = ROW_HEIGHT * len(scenes) + 0.85
+    figure = PrintFigure(height)
+    grid = figure.add_gridspec(
+        len(scenes), 1, left=0.01, right=0.985, top=1 - 0.42 / height, bottom=0.36 / height, hspace=0.13
+    )
+    shown: list[AnchorPair] = []
+    for cell, scene in zip(grid, scenes, strict=True):
+        pairs = anchor_pairs(scene, rows)
+        view_ids = {v: None for row in rows if row["scene_id"] == scene.scene_id for v in row["view_ids"] or []}
+        shown += pairs[:max_anchors]
+        _draw_room(figure, cell, scene, pairs, max_anchors, find_views(scene, list(view_ids) or None))
+    errors = [p.center_error_m for p in shown if p.predicted is not None]
+    invalid = len(shown) - len(errors)
+    error = f"median centre error {np.median(errors):.2f} m, " if errors else ""
+    rooms = f"{len(scenes)} room{'s' if len(scenes) > 1 else ''}"
+    figure.suptitle(
+        f"{len(shown)} anchors in {rooms}: {error}mean IoU {np.mean([p.iou_3d for p in shown]):.2f}, {invalid} invalid",
+        fontsize=FONT_SIZE + 2.5, y=1 - 0.06 / height, va="top",
+    )  # fmt: skip
+    figure.legend(
+        handles=[
+            Line2D([], [], color=TRUE_COLOR, lw=2, marker="o", ms=4, label="true box and centre"),
+            Line2D([], [], color=PREDICTED_COLOR, lw=2, ls=DASHES, marker="s", ms=4, label="predicted box and centre"),
+            Line2D([], [], color="black", lw=1.2, label="centre error"),
+            Line2D([], [], color=CAMERA_COLOR, lw=0, marker="$\u25b7$", ms=7, label="camera of a view"),
+        ],
+        loc="lower center", ncols=4, fontsize=FONT_SIZE + 0.5, frameon=False, bbox_to_anchor=(0.5, 0.0),
+        borderaxespad=0.2,
+    )  # fmt: skip
+    return figure
+
+
+def _draw_room(figure, cell, scene: Scene, pairs: list[AnchorPair], max_anchors: int, views: list[View]) -> None:
+    shown = pairs[:max_anchors]
+    numbered = {p.number: replace(p.true, label=str(p.number)) for p in shown}
+    true = list(numbered.values())
+    predicted = [replace(p.predicted, label="") for p in shown if p.predicted is not None]
+    joined = [(p.true, p.predicted) for p in shown if p.predicted is not None]
+    surfels = backdrop(scene, views)
+
+    columns = GridSpecFromSubplotSpec(1, 4, cell, width_ratios=(4.15, 2.35, 0.35, 2.2), wspace=0.04)
+    ax = figure.add_subplot(columns[0])
+    direction = best_direction(surfels, true)
+    set_limits(ax, draw_surfels(ax, surfels, direction), direction, predicted)
+    draw_boxes(ax, direction, true, predicted, labels=False)
+    draw_connectors(ax, direction, joined)
+    draw_cameras(ax, direction, views)
+    tops = [direction.flat(box.center + [0, 0, box.extent[2] / 2]) for box in true]
+    place_labels(ax, [(*top, box.label) for top, box in zip(tops, true, strict=True)])
+    count = f"{len(shown)}" if len(shown) == len(pairs) else f"first {len(shown)} of {len(pairs)}"
+    ax.set_title(f"Room {scene.scene_id}: {count} anchors, {len(views)} views", fontsize=FONT_SIZE + 1, pad=3)
+    scale_bar(ax)
+
+    stack = GridSpecFromSubplotSpec(2, 1, columns[1], hspace=0.14)
+    for place, view in zip(stack, best_views(scene, views, true, 2), strict=False):
+        draw_boxes_on_view(
+            figure.add_subplot(place), view, true, predicted, title=f"view {1 + views.index(view)} of {len(views)}"
+        )
+
+    lines = [f"{p.number:>2} {p.true.label:<13.13}{_numbers(p)}" for p in shown]
+    table_share = min(0.55, 0.075 + 0.0445 * (len(lines) + 1))
+    stack = GridSpecFromSubplotSpec(2, 1, columns[3], height_ratios=(1 - table_share, table_share), hspace=0.22)
+    ax = figure.add_subplot(stack[0])
+    set_limits(ax, draw_surfels(ax, surfels, TOP), TOP, predicted)
+    draw_boxes(ax, TOP, true, predicted, labels=False)
+    draw_connectors(ax, TOP, joined)
+    draw_cameras(ax, TOP, views)
+    map_axes(ax)
+    ax.set_title("from above", fontsize=FONT_SIZE, pad=3)
+    ax = figure.add_subplot(stack[1])
+    ax.set_axis_off()
+    header = f"{'':3}{'anchor':<12} error (m)   IoU"
+    ax.text(
+        0.04, 1.0, "\n".join([header, *lines]), fontsize=FONT_SIZE - 0.8, family="monospace", va="top",
+        linespacing=1.25, transform=ax.transAxes,
+    )  # fmt: skip
+
+
+def _numbers(pair: AnchorPair) -> str:
+    return "    invalid" if pair.predicted is None else f"{pair.center_error_m:>9.2f} {pair.iou_3d:>6.2f}"
