@@ -7,13 +7,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 NUM_ROOMS ?= 150
 DATA := $(or $(ROOMPLAN_DATA),data)
 
-.PHONY: help install quickstart test test-slow lint lab figures clean
+.PHONY: help install quickstart test test-slow lint lab clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 install: $(VENV)/.installed ## build .venv with tested versions
 
+# page_config.json: no dialog that asks to rebuild JupyterLab for dash, which Open3D brings along.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 install"; exit 1; }
@@ -21,6 +22,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[cpu,notebooks,test]'
 	@$(BIN)/python -m roomplan_lib.system
+	@mkdir -p $(VENV)/etc/jupyter/labconfig && cp notebooks/.page_config.json $(VENV)/etc/jupyter/labconfig/page_config.json
 	@touch $@
 
 quickstart: install ## rooms -> training -> predictions -> scores -> picture, on the embedded rooms
@@ -30,8 +32,7 @@ quickstart: install ## rooms -> training -> predictions -> scores -> picture, on
 	@mkdir -p papermill_runs/quickstart
 	$(BIN)/papermill notebooks/03_train.ipynb papermill_runs/quickstart/03_train.ipynb \
 	  -f papermill_runs/params/tiny.yaml -p run_name quickstart --log-output --no-progress-bar
-	@cp papermill_runs/quickstart/anchors.png figures/quickstart_anchors.png
-	@cp papermill_runs/quickstart/curve.png figures/quickstart_curve.png
+	$(BIN)/python -m roomplan_lib.viz.readme $(DATA)/raw/rooms papermill_runs/quickstart figures
 	@echo "papermill_runs/quickstart/: 03_train.ipynb run.yaml metrics.jsonl predictions.jsonl scores.json"
 	@echo "figures/quickstart_anchors.png: predicted (orange) and true (blue) anchors"
 
@@ -46,13 +47,8 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/nbstripout --verify notebooks/*.ipynb
 
-figures: install ## draw the README's pictures again (after quickstart)
-	@cp papermill_runs/quickstart/anchors.png figures/quickstart_anchors.png
-	@cp papermill_runs/quickstart/curve.png figures/quickstart_curve.png
-	$(BIN)/python -m roomplan_lib.viz.readme $(DATA)/raw/rooms figures
-
 lab: install ## JupyterLab on this machine, opened at the notebooks
-	$(BIN)/jupyter lab --ip=127.0.0.1 notebooks
+	$(BIN)/jupyter lab --ip=127.0.0.1 $(if $(filter 0,$(shell id -u)),--allow-root) notebooks
 
 clean: ## remove .venv and caches; keeps data/ and papermill_runs/
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

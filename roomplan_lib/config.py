@@ -43,6 +43,15 @@ class ResamplerConfig:
     ffn_width: int = 512
     head_width: int = 32
     max_views: int = 32  # rows of the learned view embedding
+    kind: Literal["perceiver", "reference"] = "perceiver"  # reference: the layers of vggt-qwen3 checkpoints
+
+
+# Resamplers at full size; `resampler_table` (model/describe.py) compares them.
+RESAMPLER_PRESETS = {
+    "default": ResamplerConfig(128, 6, 1024, 4096, 64),
+    "small": ResamplerConfig(128, 3, 1024, 4096, 64),
+    "perceiver_small": ResamplerConfig(128, 6, 4096, 16384, 512, kind="reference"),  # vggt-qwen3's, 1.2 B parameters
+}
 
 
 @dataclass(frozen=True)
@@ -54,9 +63,11 @@ class GeometryConfig:
 
 @dataclass(frozen=True)
 class PositionsConfig:
-    method: str = "mlp_pe"  # base | sin3d_pe | mlp_pe | a registered name; reads depth + pose unless base
+    method: str = "mlp_pe"  # base | sin3d_pe | mlp_pe | a registered name
     coordinates: Literal["metric", "discrete"] = "metric"  # metres, or 0.1 m voxels as Video-3D-LLM
     width: int = 128  # hidden width of mlp_pe
+    source: Literal["depth", "vggt"] = "depth"  # sensor depth + pose, or VGGT's own points scaled by the known poses
+    position_encoding_dim: int = 0  # 0 = the patch tokens' width; another width gets a learned projection to it
 
 
 @dataclass(frozen=True)
@@ -80,13 +91,14 @@ class LanguageModelConfig:
 @dataclass(frozen=True)
 class ModelConfig:
     vggt: dict = field(default_factory=dict)  # fields of VGGTConfig; {} = VGGT-1B
-    vggt_weights: str = ""  # .pt, .safetensors or folder; "" = random weights
+    vggt_weights: str = ""  # .pt, .safetensors, folder or hub id such as facebook/VGGT-1B; "" = random weights
     freeze_vggt: bool = False
     tap_layers: tuple[int, ...] = (-1,)  # aggregator outputs that the resampler reads
     resampler: ResamplerConfig = field(default_factory=ResamplerConfig)
     geometry: GeometryConfig = field(default_factory=GeometryConfig)
     positions: PositionsConfig = field(default_factory=PositionsConfig)
     language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"  # of weights that are not trained; trained ones: float32
 
 
 @dataclass(frozen=True)

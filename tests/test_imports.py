@@ -18,7 +18,7 @@ ALLOWED = {
     "scenes": {"geometry", "files"},
     "actions": {"geometry", "scenes"},
     "samples": {"geometry", "files", "scenes", "actions"},
-    "model": {"config", "geometry"},
+    "model": {"config", "files", "geometry"},
     "training": {"config", "files", "geometry", "scenes", "actions", "samples", "model"},
     "evaluation": {"config", "files", "geometry", "scenes", "actions", "samples", "model", "training"},
     "viz": {"geometry", "scenes", "actions", "samples", "files"},

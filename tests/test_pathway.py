@@ -10,6 +10,7 @@ from roomplan_lib.config import load_run_config
 from roomplan_lib.evaluation.predict import predict
 from roomplan_lib.evaluation.scores import anchor_error, score_answers
 from roomplan_lib.samples.prepare import prepare_arkitscenes
+from roomplan_lib.samples.targets import scene_action
 from roomplan_lib.scenes.rooms import write_rooms
 from roomplan_lib.training.collator import load_samples
 from roomplan_lib.training.run import load_model_folder, make_collator, train
@@ -42,13 +43,26 @@ def test_eight_rooms_are_learned_by_heart_through_their_views(tmp_path):
     samples = load_samples(config.data.train_paths)
     assert len({sample.record["scene_id"] for sample in samples}) == NUM_ROOMS
 
-    near, answered = {}, {}
+    # The words alone tell where the only bathtub of the eight rooms stands; only views tell where the chair is.
+    homes = {}
+    for sample in samples:
+        if "action_json" in sample.record:
+            homes.setdefault(scene_action(sample.record).category, set()).add(sample.record["scene_id"])
+    near, near_shared, answered = {}, {}, {}
     for control in ("model", "shuffled", "blind"):
         rows = predict(model, tokenizer, collator, samples, control=control, progress=False)
-        anchors = [anchor_error(r["prediction"], r["reference"]) for r in rows if "reference_action" in r]
-        near[control] = np.mean([e["valid"] and e["center_error_m"] < 0.1 for e in anchors])
-        answered[control] = score_answers([r for r in rows if "reference_action" not in r])["em"]
-    print(json.dumps({"anchors within 10 cm": near, "answers": answered}))
+        anchors = [row for row in rows if "reference_action" in row]
+        shared = [row for row in anchors if len(homes[row["reference_action"]["category"]]) >= 3]
+        near[control], near_shared[control] = share_near(anchors), share_near(shared)
+        answered[control] = score_answers([row for row in rows if "reference_action" not in row])["em"]
+    print(json.dumps({"within 10 cm": near, "same, categories in several rooms": near_shared, "answers": answered}))
     assert near["model"] >= 0.9 and answered["model"] >= 0.95
-    assert max(near["shuffled"], near["blind"]) <= 0.3
+    assert max(near["shuffled"], near["blind"]) <= 0.5
+    assert max(near_shared["shuffled"], near_shared["blind"]) <= 0.25
     assert max(answered["shuffled"], answered["blind"]) <= 0.8
+
+
+def share_near(rows):
+    """Share of anchors whose predicted centre lies within 10 cm of the true one; invalid text is not near."""
+    errors = [anchor_error(row["prediction"], row["reference"])["center_error_m"] for row in rows]
+    return float(np.mean([error is not None and error < 0.1 for error in errors]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from bisect import bisect_right
 from dataclasses import asdict
 from pathlib import Path
@@ -111,7 +112,8 @@ def predict(
     order = sorted(range(len(samples)), key=lambda i: (str(samples[i].view_key), samples[i].record["task"]))
     shown = other_scenes(samples, pool or samples) if control == "shuffled" else samples
     texts: dict[int, str] = {}
-    with tqdm(total=len(samples), desc=f"predict ({control})", unit="sample", disable=not progress) as bar:
+    label = f"predict ({control})"
+    with tqdm(total=len(samples), desc=label, unit="sample", disable=not progress, file=sys.stdout) as bar:
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
             batch = collator(

@@ -55,3 +55,11 @@ def normalise_records(
     histogram = torch.log1p(15 * depth_hist) / torch.log(torch.tensor(16.0))
     rotation = camera_to_reference[:, :3, :3].flatten(1)
     return torch.cat([rotation, camera_to_reference[:, :3, 3], intrinsics, histogram], dim=-1).float()
+
+
+def record_poses(records: Tensor) -> Tensor:
+    """Camera_to_reference [..., 4, 4] in metres that normalised records [..., RECORD_WIDTH] hold."""
+    poses = torch.eye(4, dtype=records.dtype, device=records.device).repeat(*records.shape[:-1], 1, 1)
+    poses[..., :3, :3] = records[..., :9].unflatten(-1, (3, 3))
+    poses[..., :3, 3] = records[..., 9:12]
+    return poses

@@ -1,6 +1,7 @@
 """3D position encodings: where in the room each patch lies, added to patch tokens before the resampler.
 
-Coordinates are metres in the sample's reference frame, averaged over the valid depth pixels of a patch.
+Coordinates are metres in the sample's reference frame: the mean of a patch's points, from sensor depth and pose or
+from VGGT's own points (`vggt_patch_coordinates`), which the known poses bring to that frame and scale.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from roomplan_lib.config import PositionsConfig
+from roomplan_lib.model.vggt import pose_encoding_to_cameras, unproject_depth
 
 METHODS: dict[str, Callable[[PositionsConfig, int], nn.Module]] = {}
 VOXEL = 0.1  # metres, and the bounds below: Video-3D-LLM's discrete coordinates
@@ -20,7 +22,8 @@ LOWER, UPPER = (-15.0, -15.0, -5.0), (15.0, 15.0, 5.0)
 def register_positions(name: str) -> Callable:
     """Class decorator: makes a module built from (PositionsConfig, width) known as `model.positions.method: name`.
 
-    Its forward takes coordinates [..., 3] (metres, or voxel numbers when discrete) and returns [..., width].
+    Its forward takes float32 coordinates [..., 3] (metres, or voxel numbers when discrete) and returns [..., width].
+    Registering a name again replaces the class, so that a notebook cell can be run twice.
     """
 
     def register(cls: type[nn.Module]) -> type[nn.Module]:
@@ -31,20 +34,51 @@ def register_positions(name: str) -> Callable:
 
 
 def build_positions(config: PositionsConfig, width: int) -> nn.Module | None:
-    """The encoder named by `config.method` for tokens of `width`; None for "base". ValueError for unknown names."""
+    """The encoder named by `config.method` for tokens of `width`; None for "base". ValueError for unknown names.
+
+    With a `position_encoding_dim` other than `width` the encoding has that size and a learned projection widens it.
+    """
     if config.method == "base":
         return None
     if config.method not in METHODS:
-        raise ValueError(f"model.positions.method: unknown {config.method!r}; known: base, {', '.join(METHODS)}")
-    return METHODS[config.method](config, width)
+        raise ValueError(
+            f"model.positions.method: unknown {config.method!r}; known: base, {', '.join(METHODS)}; "
+            "a class of your own is known once register_positions has run"
+        )
+    size = config.position_encoding_dim or width
+    if size < 3:
+        raise ValueError(f"model.positions.position_encoding_dim: expected 0 or at least 3, got {size}")
+    encoder = METHODS[config.method](config, size)
+    return encoder if size == width else ProjectedPositions(encoder, size, width)
+
+
+class ProjectedPositions(nn.Module):
+    """An encoding of `size` channels, then a learned projection to `width`."""
+
+    def __init__(self, encoder: nn.Module, size: int, width: int) -> None:
+        super().__init__()
+        self.encoder, self.projection = encoder, nn.Linear(size, width, bias=False)
+
+    def forward(self, coordinates: Tensor) -> Tensor:
+        return self.projection(self.encoder(coordinates).to(self.projection.weight.dtype))
 
 
 def encode_positions(encoder: nn.Module, config: PositionsConfig, coordinates: Tensor, valid: Tensor) -> Tensor:
-    """[..., width] encodings of patch coordinates [..., 3] in metres; exactly zero where `valid` [...] is False."""
+    """[..., width] encodings of float32 patch coordinates [..., 3] in metres; exactly zero where not `valid` [...].
+
+    Raises ValueError when the encoder returns another shape than the tokens have.
+    """
     if config.coordinates == "discrete":
         lower, upper = coordinates.new_tensor(LOWER), coordinates.new_tensor(UPPER)
         coordinates = ((coordinates.clamp(lower, upper) - lower) / VOXEL).round()
-    return encoder(coordinates).masked_fill(~valid[..., None], 0.0)
+    with torch.autocast(coordinates.device.type, enabled=False):  # bfloat16 would round metres to centimetres
+        encoding = encoder(coordinates)
+    if encoding.shape[:-1] != valid.shape:
+        raise ValueError(
+            f"model.positions.method {config.method!r}: expected encodings [{', '.join(map(str, valid.shape))}, width] "
+            f"for coordinates {tuple(coordinates.shape)}, got {tuple(encoding.shape)}"
+        )
+    return encoding.masked_fill(~valid[..., None], 0.0)
 
 
 def sin3d_encoding(coords: Tensor, dim: int) -> Tensor:
@@ -80,3 +114,63 @@ class MlpPositions(nn.Sequential):
     def __init__(self, config: PositionsConfig, width: int) -> None:
         d = config.width
         super().__init__(nn.Linear(3, d), nn.GELU(), nn.Linear(d, d), nn.GELU(), nn.Linear(d, width))
+
+    def forward(self, coordinates: Tensor) -> Tensor:
+        return super().forward(coordinates.to(self[0].weight.dtype))
+
+
+VGGT_HEADS = ("camera", "depth")  # more accurate together than the point head (VGGT's README)
+MIN_BASELINE = 0.05  # metres, of camera centres about their mean; less of it fixes no scale
+
+
+def vggt_patch_coordinates(
+    predictions: dict[str, Tensor], camera_to_reference: Tensor, image_size_hw: tuple[int, int], patch_size: int
+) -> tuple[Tensor, Tensor]:
+    """Patch coordinates [S, V, P, 3] in metres in the reference frame, and which of them are valid [S, V, P].
+
+    predictions: VGGT's `pose_enc` and `depth` (unit of its own; world = its first camera) for pictures of (H, W)
+    pixels. camera_to_reference: [S, V, 4, 4] known poses in metres. Raises ValueError where these fix no scale.
+    """
+    world_to_camera, K = pose_encoding_to_cameras(predictions["pose_enc"], image_size_hw)
+    points = unproject_depth(predictions["depth"], world_to_camera, K)  # [S, V, H, W, 3]
+    rotation = world_to_camera[..., :3].transpose(-1, -2)
+    centers = -(rotation @ world_to_camera[..., 3:])[..., 0]
+    known_rotation, known_centers = camera_to_reference[..., :3, :3], camera_to_reference[..., :3, 3]
+    scale, turn, shift = align_cameras(rotation, centers, known_rotation, known_centers)
+    turned = points @ turn[:, None, None].transpose(-1, -2)
+    points = scale[:, None, None, None, None] * turned + shift[:, None, None, None]
+    known = points.isfinite().all(-1, keepdim=True)
+    kept = torch.cat([torch.where(known, points, 0), known.to(points.dtype)], dim=-1)
+    sums = nn.functional.avg_pool2d(kept.flatten(0, 1).permute(0, 3, 1, 2), patch_size)  # [S * V, 4, rows, columns]
+    sums = sums.flatten(2).transpose(1, 2).unflatten(0, points.shape[:2])
+    return sums[..., :3] / sums[..., 3:].clamp(min=1e-9), sums[..., 3] > 0
+
+
+def align_cameras(
+    rotation: Tensor, centers: Tensor, known_rotation: Tensor, known_centers: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scale [S], rotation [S, 3, 3] and shift [S, 3] with known = scale * rotation @ x + shift (a Sim(3)).
+
+    rotation, known_rotation: [S, V, 3, 3] camera to world; centers, known_centers: [S, V, 3]; equal cameras in two
+    worlds. The rotation is the mean of the cameras' own (projected to SO(3)), which few centres on a line would not
+    fix; the scale is the ratio of the centres' spreads about their means (Horn 1987, section 2.D), which equals
+    Umeyama's where the cameras agree and stays positive where they do not.
+    Raises ValueError when either set of centres has too little spread.
+    """
+    u, _, vh = torch.linalg.svd((known_rotation @ rotation.transpose(-1, -2)).sum(1))
+    sign = torch.ones_like(u[..., 0])
+    sign[..., 2] = torch.linalg.det(u @ vh)
+    turn = (u * sign[..., None, :]) @ vh
+    mean, known_mean = centers.mean(1), known_centers.mean(1)
+    spread, known_spread = (
+        (points - middle[:, None]).square().sum(-1).mean(-1).sqrt()
+        for points, middle in ((centers, mean), (known_centers, known_mean))
+    )
+    if (known_spread < MIN_BASELINE).any() or (spread < 1e-6).any():
+        raise ValueError(
+            f"VGGT's points have no unit, and the cameras are too close together to give them one: spread "
+            f"{known_spread.min():.3f} m (at least {MIN_BASELINE} m), {spread.min():.1e} in VGGT's own unit; "
+            "select views with parallax or set model.positions.source to depth"
+        )
+    scale = known_spread / spread
+    return scale, turn, known_mean - scale[:, None] * (turn @ mean[..., None])[..., 0]

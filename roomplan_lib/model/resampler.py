@@ -7,6 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from roomplan_lib.config import ResamplerConfig
 
@@ -66,6 +67,7 @@ class PerceiverResampler(nn.Module):
     def __init__(self, config: ResamplerConfig, num_taps: int, context_width: int, out_width: int) -> None:
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False
         self.context_norms = nn.ModuleList(nn.LayerNorm(context_width) for _ in range(num_taps))
         self.layer_embedding = nn.Parameter(torch.randn(num_taps, context_width) * 0.02)
         self.view_embedding = nn.Parameter(torch.randn(config.max_views, context_width) * 0.02)
@@ -102,8 +104,78 @@ class PerceiverResampler(nn.Module):
         context = torch.cat(context, dim=1)
         latents = self.latents.expand(len(context), -1, -1)
         for layer in self.layers:
-            latents = layer(latents, context)
+            if self.gradient_checkpointing and self.training:
+                latents = checkpoint(layer, latents, context, use_reentrant=False)
+            else:
+                latents = layer(latents, context)
         return self.out(self.norm(latents))
+
+
+class ReferenceLayer(nn.Module):
+    """Post-norm cross-attention and feed-forward, with the keys of vggt-qwen3's projector layers."""
+
+    def __init__(self, width: int, ffn_width: int, num_heads: int) -> None:
+        super().__init__()
+        self.self_attn = nn.MultiheadAttention(width, num_heads, batch_first=True)  # its name; it reads the context
+        self.mlp = nn.Sequential(nn.Linear(width, ffn_width), nn.GELU(), nn.Identity(), nn.Linear(ffn_width, width))
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+
+    def forward(self, latents: Tensor, context: Tensor) -> Tensor:
+        latents = self.norm1(latents + self.self_attn(latents, context, context, need_weights=False)[0])
+        return self.norm2(latents + self.mlp(latents))
+
+
+class ReferenceResampler(nn.Module):
+    """The projector of vggt-qwen3 (`perceiver_small`, 1.2 B parameters): loads its checkpoints, no more.
+
+    It has neither latent self-attention nor embeddings of views and places, and its heads of 512 are too wide for
+    fused attention; `PerceiverResampler` is the better choice for training. Unlike vggt-qwen3 it is shown the camera
+    and patch tokens of every view, not the first 128 tokens of the first.
+    """
+
+    def __init__(self, config: ResamplerConfig, num_taps: int, context_width: int, out_width: int) -> None:
+        super().__init__()
+        if num_taps != 1:
+            raise ValueError(f"model.resampler.kind reference reads one of model.tap_layers, got {num_taps}")
+        if config.width % config.head_width:
+            raise ValueError(f"model.resampler.width {config.width} is no multiple of head_width {config.head_width}")
+        self.config = config
+        self.gradient_checkpointing = False
+        self.latents = nn.Parameter(torch.randn(config.num_latents, config.width) * 0.02)
+        self.in_proj = nn.Linear(context_width, config.width)
+        self.layers = nn.ModuleList(
+            ReferenceLayer(config.width, config.ffn_width, config.width // config.head_width)
+            for _ in range(config.num_layers)
+        )
+        self.out_proj = nn.Linear(config.width, out_width)
+
+    @property
+    def out(self) -> nn.Linear:
+        return self.out_proj
+
+    def forward(
+        self, taps: list[Tensor], patch_token_start: int, grid: tuple[int, int], positions: Tensor | None = None
+    ) -> Tensor:
+        """As `PerceiverResampler.forward`, for one tapped layer."""
+        patches = taps[0][:, :, patch_token_start:]
+        if positions is not None:
+            patches = patches + positions
+        context = self.in_proj(torch.cat([taps[0][:, :, :1], patches], dim=2).flatten(1, 2))
+        latents = self.latents.expand(len(context), -1, -1)
+        for layer in self.layers:
+            if self.gradient_checkpointing and self.training:
+                latents = checkpoint(layer, latents, context, use_reentrant=False)
+            else:
+                latents = layer(latents, context)
+        return self.out_proj(latents)
+
+
+def build_resampler(
+    config: ResamplerConfig, num_taps: int, context_width: int, out_width: int
+) -> PerceiverResampler | ReferenceResampler:
+    """The resampler of `config.kind` from `num_taps` encoder layers of `context_width` to `out_width`."""
+    kind = ReferenceResampler if config.kind == "reference" else PerceiverResampler
+    return kind(config, num_taps, context_width, out_width)
 
 
 def sine_grid(grid: tuple[int, int], width: int, device: torch.device) -> Tensor:

@@ -3,30 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
-from safetensors.torch import load_model, save_model
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, Qwen3Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
 from transformers.modeling_outputs import CausalLMOutput
 
-from roomplan_lib.config import DataConfig, LanguageModelConfig, ModelConfig, parse, to_dict
-from roomplan_lib.model.geometry_tokens import GeometryEncoder
-from roomplan_lib.model.positions import build_positions, encode_positions
-from roomplan_lib.model.resampler import PerceiverResampler
-from roomplan_lib.model.vggt import VGGT, VGGTConfig, load_vggt
+from roomplan_lib.config import DataConfig, LanguageModelConfig, LoraSettings, ModelConfig, parse, to_dict
+from roomplan_lib.model.geometry_tokens import GeometryEncoder, record_poses
+from roomplan_lib.model.positions import VGGT_HEADS, build_positions, encode_positions, vggt_patch_coordinates
+from roomplan_lib.model.pretrained import check_reference, find_source, load_encoder, load_language_model, reference_to
+from roomplan_lib.model.resampler import build_resampler
+from roomplan_lib.model.vggt import VGGT, VGGTConfig
 
 IGNORE_INDEX = -100
+_LISTED = 20  # keys per kind in an error message
 
 
 class RoomPlanConfig(PretrainedConfig):
     """What a model folder's config.json holds.
 
     model: plain fields of ModelConfig; language_model: plain fields of its own Hugging Face config; data: the fields of
-    DataConfig that decide what the model is shown (image_size, max_length, visual_first).
+    DataConfig that decide what the model is shown (image_size, max_length, visual_first); references: for the parts
+    whose frozen weights the folder does not hold, where they come from (see `reference_to`).
     """
 
     model_type = "roomplan_vlm"
@@ -37,6 +50,7 @@ class RoomPlanConfig(PretrainedConfig):
         language_model: dict | None = None,
         data: dict | None = None,
         image_token_id: int = -1,
+        references: dict | None = None,
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
@@ -44,28 +58,35 @@ class RoomPlanConfig(PretrainedConfig):
         self.language_model = language_model or {}
         self.data = data or {}
         self.image_token_id = image_token_id
+        self.references = references or {}
 
 
-class RoomPlanVLM(PreTrainedModel):
-    """VGGT -> (+ 3D positions) -> Perceiver resampler, and geometry tokens -> a causal language model."""
+class RoomPlanVLM(PreTrainedModel, GenerationMixin):
+    """VGGT -> (+ 3D positions) -> Perceiver resampler, and geometry tokens -> a causal language model.
+
+    Weights that are not trained are kept in `model.frozen_dtype`, trained ones in float32.
+    """
 
     config_class = RoomPlanConfig
     accepts_loss_kwargs = True
+    supports_gradient_checkpointing = True
 
     def __init__(
         self, config: RoomPlanConfig, language_model: nn.Module | None = None, encoder: VGGT | None = None
     ) -> None:
-        """Random weights, but for parts that are given loaded; their configs must be those in `config`."""
+        """Random weights, but for parts that are given loaded; their configs must be those in `config`.
+
+        Under `torch.device("meta")` nothing is allocated: the full size can be counted on any machine.
+        """
         super().__init__(config)
         self.settings = parse(ModelConfig, config.model, "model")
-        lm_settings = self.settings.language_model
         if language_model is None:
             language_model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.language_model))
         width = language_model.config.hidden_size
 
         self.encoder = encoder if encoder is not None else VGGT(vggt_settings(self.settings))
         token_width = 2 * self.encoder.config.embed_dim
-        self.resampler = PerceiverResampler(self.settings.resampler, len(self.settings.tap_layers), token_width, width)
+        self.resampler = build_resampler(self.settings.resampler, len(self.settings.tap_layers), token_width, width)
         self.geometry_encoder = (
             GeometryEncoder(self.settings.geometry, width) if self.settings.geometry.num_tokens else None
         )
@@ -75,22 +96,20 @@ class RoomPlanVLM(PreTrainedModel):
                 std = getattr(language_model.config, "initializer_range", 0.02)
                 nn.init.normal_(module.out.weight, std=std / module.out.in_features**0.5)
 
-        if lm_settings.freeze or lm_settings.lora:
-            language_model.requires_grad_(False)
-        if lm_settings.lora:
-            lora = lm_settings.lora
-            language_model = inject_adapter_in_model(
-                LoraConfig(
-                    r=lora.rank,
-                    lora_alpha=lora.alpha,
-                    lora_dropout=lora.dropout,
-                    target_modules=list(lora.target_modules),
-                ),
-                language_model,
-            )
         self.language_model = language_model
+        self.generation_config = language_model.generation_config
+        if self.settings.language_model.freeze or self.settings.language_model.lora:
+            self._freeze(language_model)
+        if self.settings.language_model.lora:
+            self._inject(self.settings.language_model.lora)
         if self.settings.freeze_vggt:
-            self.encoder.freeze()
+            self._freeze(self.encoder.freeze())
+
+    def _freeze(self, part: nn.Module) -> None:
+        dtype = getattr(torch, self.settings.frozen_dtype)
+        for parameter in part.parameters():  # buffers stay: rotary frequencies are no weights
+            parameter.requires_grad_(False)
+            parameter.data = parameter.data.to(dtype)
 
     @property
     def num_visual_tokens(self) -> int:
@@ -99,12 +118,91 @@ class RoomPlanVLM(PreTrainedModel):
 
     @property
     def needs_positions(self) -> bool:
-        return self.positions is not None
+        """Whether batches must hold patch coordinates; VGGT's own points need none."""
+        return self.positions is not None and self.settings.positions.source == "depth"
 
     def parts(self) -> dict[str, nn.Module]:
         """The named parts that are there, in the order a picture passes them."""
         names = ("encoder", "positions", "resampler", "geometry_encoder", "language_model")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    # ------------------------------------------------------------------ the language model's own matters
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
+        """Rows for at least `new_num_tokens` tokens. Never shrinks: Qwen3's 151,936 rows are padded on purpose."""
+        if new_num_tokens is not None and new_num_tokens > self.get_input_embeddings().num_embeddings:
+            self.language_model.resize_token_embeddings(new_num_tokens, *args, **kwargs)
+            self.config.language_model["vocab_size"] = self.get_input_embeddings().num_embeddings
+        return self.get_input_embeddings()
+
+    def attach_lora(self, lora: LoraSettings) -> None:
+        """Freezes the language model and puts trainable low-rank adapters beside `lora.target_modules`.
+
+        Raises ValueError when there are adapters already or a target names no module.
+        """
+        if self.settings.language_model.lora:
+            raise ValueError("the language model has LoRA adapters already; merge_lora() or unload_lora() first")
+        self._freeze(self.language_model)
+        self._inject(lora)
+        self._change_language_settings(lora=lora)
+
+    def _inject(self, lora: LoraSettings) -> None:
+        names = {name.rsplit(".", 1)[-1] for name, _ in self.language_model.named_modules()}
+        unknown = [target for target in lora.target_modules if target not in names]
+        if unknown or not lora.target_modules:
+            raise ValueError(f"model.language_model.lora.target_modules: no module is called {unknown or 'so: []'}")
+        inject_adapter_in_model(
+            LoraConfig(
+                r=lora.rank,
+                lora_alpha=lora.alpha,
+                lora_dropout=lora.dropout,
+                target_modules=list(lora.target_modules),
+            ),
+            self.language_model,
+        )
+        for name, parameter in self.language_model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.float()
+
+    def merge_lora(self) -> None:
+        """Adds the adapters to the weights they stand beside and removes them. The language model is frozen after it,
+        and no longer the one it was loaded as: `save_pretrained` stores it whole."""
+        self._remove_lora(merge=True)
+        self.config.references.pop("language_model", None)
+
+    def unload_lora(self) -> None:
+        """Removes the adapters: the language model is again the frozen one that they were attached to."""
+        self._remove_lora(merge=False)
+
+    def _remove_lora(self, merge: bool) -> None:
+        if not self.settings.language_model.lora:
+            raise ValueError("the language model has no LoRA adapters; see attach_lora")
+        for name, module in list(self.language_model.named_modules()):
+            if isinstance(module, LoraLayer):
+                if merge:
+                    module.merge(safe_merge=True)  # refuses adapters that are not finite
+                parent, _, child = name.rpartition(".")
+                setattr(self.language_model.get_submodule(parent), child, module.get_base_layer())
+        del self.language_model.peft_config
+        self._change_language_settings(lora=None, freeze=True)
+
+    def _change_language_settings(self, **changes) -> None:
+        language_model = dataclasses.replace(self.settings.language_model, **changes)
+        self.settings = dataclasses.replace(self.settings, language_model=language_model)
+        self.config.model = to_dict(self.settings)
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *args, **kwargs) -> None:
+        super()._set_gradient_checkpointing(enable, *args, **kwargs)  # the language model's and resampler's layers
+        aggregator = self.encoder.aggregator
+        aggregator.config = dataclasses.replace(aggregator.config, gradient_checkpointing=enable)
 
     # ------------------------------------------------------------------ the pathway
     def encode_views(
@@ -119,8 +217,9 @@ class RoomPlanVLM(PreTrainedModel):
 
         pixel_values: S tensors uint8 [V, 3, H, W]; geometry_records: S tensors [V, RECORD_WIDTH];
         has_geometry: [S] bool; patch_coordinates [V, P, 3] metres in the reference frame and patch_valid [V, P],
-        S of each, where 3D positions are on (ValueError without them). Sets of different V, H or W are encoded
-        apart, so no padding ever reaches the encoder's global attention.
+        S of each, where 3D positions from depth are on (ValueError without them; positions from VGGT's own points
+        need a geometry record instead). Sets of different V, H or W are encoded apart, so no padding ever reaches
+        the encoder's global attention.
         """
         if self.needs_positions and patch_coordinates is None:
             raise ValueError("3D positions are on, but the batch holds no patch_coordinates")
@@ -129,25 +228,49 @@ class RoomPlanVLM(PreTrainedModel):
             groups.setdefault(views.shape, []).append(i)
         encoded: list[Tensor | None] = [None] * len(pixel_values)
         for members in groups.values():
-            pixels = torch.stack([pixel_values[i] for i in members]).to(self.dtype) / 255
+            pixels = torch.stack([pixel_values[i] for i in members]).float() / 255  # the encoder casts, once normalised
+            records = torch.stack([geometry_records[i] for i in members])
+            has = has_geometry[members]
             grid = tuple(side // self.encoder.config.patch_size for side in pixels.shape[-2:])
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.settings.freeze_vggt):
-                taps, patch_token_start = self.encoder.aggregator(pixels, tap_layers=self.settings.tap_layers)
-            positions = None
+            taps, patch_token_start, coordinates, valid = self._encode(pixels, records, has)
             if self.needs_positions:
-                positions = encode_positions(
-                    self.positions,
-                    self.settings.positions,
-                    torch.stack([patch_coordinates[i] for i in members]).to(self.dtype),
-                    torch.stack([patch_valid[i] for i in members]),
-                )
-            tokens = self.resampler(taps, patch_token_start, grid, positions)
+                coordinates = torch.stack([patch_coordinates[i] for i in members]).float()
+                valid = torch.stack([patch_valid[i] for i in members])
+            dtype = self.resampler.latents.dtype
+            positions = None
+            if self.positions is not None:
+                positions = encode_positions(self.positions, self.settings.positions, coordinates, valid).to(dtype)
+            tokens = self.resampler([tap.to(dtype) for tap in taps], patch_token_start, grid, positions)
             if self.geometry_encoder is not None:
-                records = torch.stack([geometry_records[i] for i in members]).to(self.dtype)
-                tokens = torch.cat([tokens, self.geometry_encoder(records, has_geometry[members])], dim=1)
+                records = records.to(self.geometry_encoder.null_record.dtype)
+                tokens = torch.cat([tokens, self.geometry_encoder(records, has)], dim=1)
             for row, i in zip(tokens, members, strict=True):
                 encoded[i] = row
         return torch.stack(encoded)
+
+    def _encode(
+        self, pixels: Tensor, records: Tensor, has_geometry: Tensor
+    ) -> tuple[list[Tensor], int, Tensor | None, Tensor | None]:
+        """Tapped tokens, index of the first patch token, and VGGT's own patch coordinates where they are asked for."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.settings.freeze_vggt):
+            if self.positions is None or self.settings.positions.source == "depth":
+                return *self.encoder.aggregator(pixels, tap_layers=self.settings.tap_layers), None, None
+            if not has_geometry.all():
+                raise ValueError(
+                    "model.positions.source is vggt, whose points have no metric scale; every sample needs a "
+                    "geom_token, whose poses give it one"
+                )
+            wanted = self.encoder.aggregator.layer_indices(self.settings.tap_layers)
+            layers = sorted({*wanted, *self.encoder.head_layers(VGGT_HEADS)})
+            tokens, patch_token_start = self.encoder.aggregator(pixels, tap_layers=layers)
+            by_layer = dict(zip(layers, tokens, strict=True))
+        # Coordinates are data, whoever measured them, and as precise as data.
+        with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
+            size = tuple(pixels.shape[-2:])
+            predictions = self.encoder.read_heads(VGGT_HEADS, by_layer, patch_token_start, size)
+            poses = record_poses(records.float())
+            coordinates, valid = vggt_patch_coordinates(predictions, poses, size, self.encoder.config.patch_size)
+        return [by_layer[layer] for layer in wanted], patch_token_start, coordinates, valid
 
     def embed(self, input_ids: Tensor, visual_tokens: Tensor | None) -> Tensor:
         """Input embeddings [B, T, D] with visual_tokens [B, L + G, D] in place of the placeholders, in order.
@@ -204,41 +327,133 @@ class RoomPlanVLM(PreTrainedModel):
     def generate(
         self, input_ids: Tensor, attention_mask: Tensor, scene_index: Tensor | None = None, *, views: dict, **kwargs
     ) -> Tensor:
-        """New token ids [B, <= max_new_tokens] after prompts padded on the left; kwargs go to `generate` of the
-        language model. The prompt passes through the same `embed` as in training."""
+        """New token ids [B, <= max_new_tokens] after prompts padded on the left.
+
+        The prompt passes through the same `embed` as in training; the rest is `generate` of the language model, which
+        takes kwargs (`max_new_tokens`, `cache_implementation="static"`, `logits_processor`, ...).
+        """
         return self.language_model.generate(
             inputs_embeds=self._inputs(input_ids, scene_index, views), attention_mask=attention_mask, **kwargs
         )
 
     # ------------------------------------------------------------------ files
-    def save_pretrained(self, folder: str | Path, **_) -> None:
-        """Writes config.json and model.safetensors (every weight, tied ones once)."""
-        folder = Path(folder)
+    def _stored_state(self, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The weights that a folder holds: all but those that `config.references` says where to find."""
+        state = self.state_dict() if state is None else state
+        references = self.config.references
+        base = references.get("language_model")
+        grown = base is not None and self.config.language_model["vocab_size"] != base["vocab_size"]
+        embeddings = {id(m.weight) for m in (self.get_input_embeddings(), self.get_output_embeddings())}
+        own = {name for name, p in self.named_parameters(remove_duplicate=False) if grown and id(p) in embeddings}
+
+        def elsewhere(key: str) -> bool:
+            part = key.split(".", 1)[0]
+            return part in references and "lora_" not in key and key not in own
+
+        return {key: value for key, value in state.items() if not elsewhere(key)}
+
+    def save_pretrained(
+        self, save_directory: str | Path, *, state_dict: Mapping[str, Tensor] | None = None, **_
+    ) -> None:
+        """Writes config.json and model.safetensors: trained parts, and parts that no file or hub id stands for.
+
+        A frozen VGGT and a frozen language model that were loaded by name are written down as source and sha256.
+        state_dict: the weights to write instead of this process's own (those gathered by DeepSpeed).
+        Raises ValueError when a part that would be left to its source has been made trainable.
+        """
+        for part in self.config.references:
+            trained = [n for n, p in getattr(self, part).named_parameters() if p.requires_grad and "lora_" not in n]
+            if trained:
+                raise ValueError(
+                    f"{part}.{trained[0]} and others are trainable, but the {part} is saved by reference to its "
+                    "pretrained weights; build the model with that part not frozen to train it"
+                )
+        folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         self.config.save_pretrained(folder)
-        save_model(self, str(folder / "model.safetensors"))
+        stored, seen = {}, set()
+        for key, value in self._stored_state(state_dict).items():
+            if (place := (value.data_ptr(), value.shape)) not in seen:  # tied weights once
+                seen.add(place)
+                stored[key] = value.contiguous()
+        save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def load_trained(self, folder: str | Path) -> None:
+        """Loads the model.safetensors that `save_pretrained` of a model of this config wrote, into this model.
+
+        Raises ValueError that lists every missing, unexpected or misshapen key; nothing is loaded then.
+        """
+        file = Path(folder) / "model.safetensors"
+        if not file.is_file():
+            raise ValueError(f"{folder}: no model here, model.safetensors is missing")
+        try:
+            weights = load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file}: damaged or cut off: {error}") from None
+        state = self._stored_state()
+        given = {state[key].data_ptr() for key in weights if key in state}  # a tied weight is there under one name
+        problems = {
+            "missing": [key for key, value in state.items() if key not in weights and value.data_ptr() not in given],
+            "unexpected": [key for key in weights if key not in state],
+            "misshapen": [
+                f"{key} (expected {list(state[key].shape)}, got {list(value.shape)})"
+                for key, value in weights.items()
+                if key in state and value.shape != state[key].shape
+            ],
+        }
+        if any(problems.values()):
+            listed = "; ".join(f"{len(k)} {kind}: {', '.join(k[:_LISTED])}" for kind, k in problems.items() if k)
+            raise ValueError(f"{folder}: weights do not fit the config. {listed}")
+        self.load_state_dict(weights, strict=False)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **_) -> RoomPlanVLM:
-        """The model of a folder that `save_pretrained` wrote, in eval mode.
+    def from_pretrained(
+        cls, folder: str | Path, *, encoder: str | Path | None = None, language_model: str | Path | None = None
+    ) -> RoomPlanVLM:
+        """The model of a folder (or hub id) that `save_pretrained` wrote, in eval mode, on the CPU.
 
-        Raises ValueError when a file is missing or a key is missing, unexpected or misshapen.
+        encoder, language_model: where the frozen weights lie that the folder refers to, if not where they were.
+        Raises ValueError when a file is missing, a key is missing, unexpected or misshapen, or a part that the folder
+        refers to has other weights than those that the model was trained with.
         """
-        folder = Path(folder)
+        folder = find_source(str(folder), "from_pretrained")
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():
                 raise ValueError(f"{folder}: no model here, {name} is missing")
-        model = cls(RoomPlanConfig.from_pretrained(folder))
-        try:
-            load_model(model, folder / "model.safetensors", strict=True)
-        except RuntimeError as error:
-            raise ValueError(f"{folder}: weights do not fit the config: {error}") from None
+        config = RoomPlanConfig.from_pretrained(folder)
+        settings = parse(ModelConfig, config.model, f"{folder / 'config.json'}: model")
+        elsewhere = {"encoder": encoder, "language_model": language_model}
+        parts: dict[str, nn.Module] = {}
+        for part, given in elsewhere.items():
+            reference = config.references.get(part)
+            if reference is None:
+                if given is not None:
+                    raise ValueError(f"{folder} holds its {part} itself; leave out from_pretrained(..., {part}=...)")
+                continue
+            source, revision = (reference["source"], reference["revision"]) if given is None else (str(given), None)
+            where = f"the {part} of {folder}"
+            if part == "encoder":
+                parts[part], path = load_encoder(source, vggt_settings(settings), where, revision)
+            else:
+                parts[part], path = load_language_model(source, getattr(torch, settings.frozen_dtype), where, revision)
+                if config.language_model["vocab_size"] > reference["vocab_size"]:
+                    parts[part].resize_token_embeddings(config.language_model["vocab_size"], mean_resizing=False)
+            check_reference(part, reference, path, part)
+        model = cls(config, **parts)
+        model.load_trained(folder)
         return model.eval()
 
 
 def vggt_settings(settings: ModelConfig) -> VGGTConfig:
     """The encoder's config; its camera, depth and point heads are built only where the settings ask for them."""
-    return parse(VGGTConfig, {**dict.fromkeys(HEAD_FLAGS, False), **settings.vggt}, "model.vggt")
+    heads = dict.fromkeys(HEAD_FLAGS, False)
+    if settings.positions.method != "base" and settings.positions.source == "vggt":
+        heads |= {f"enable_{name}": True for name in VGGT_HEADS}
+    config = parse(VGGTConfig, {**heads, **settings.vggt}, "model.vggt")
+    absent = [name for name in VGGT_HEADS if heads[f"enable_{name}"] and name not in config.heads]
+    if absent:
+        raise ValueError(f"model.positions.source vggt reads the heads {absent}, which model.vggt disables")
+    return config
 
 
 HEAD_FLAGS = tuple(f.name for f in dataclasses.fields(VGGTConfig) if f.name.startswith("enable_"))
@@ -247,27 +462,41 @@ HEAD_FLAGS = tuple(f.name for f in dataclasses.fields(VGGTConfig) if f.name.star
 def build_model(settings: ModelConfig, data: DataConfig, vocab_size: int, image_token_id: int) -> RoomPlanVLM:
     """The model that the settings describe, with the pretrained weights that they name.
 
-    vocab_size: entries of the tokenizer; read when the language model is built from `language_model.config`.
+    vocab_size: entries of the tokenizer; the language model has at least so many embedding rows.
+    Raises ValueError for weights that are missing or do not fit.
     """
     shown = {name: getattr(data, name) for name in ("image_size", "max_length", "visual_first")}
-    language_model = None
-    if settings.language_model.name:
-        language_model = AutoModelForCausalLM.from_pretrained(settings.language_model.name)
+    lm_settings, language_model, encoder, references = settings.language_model, None, None, {}
+    if lm_settings.name:
+        frozen = bool(lm_settings.freeze or lm_settings.lora)
+        dtype = getattr(torch, settings.frozen_dtype) if frozen else torch.float32
+        language_model, folder = load_language_model(lm_settings.name, dtype)
+        rows = language_model.get_input_embeddings().num_embeddings
+        if frozen:
+            references["language_model"] = reference_to(lm_settings.name, folder) | {"vocab_size": rows}
+        if vocab_size > rows:
+            language_model.resize_token_embeddings(vocab_size)
         lm_config = language_model.config.to_dict()
     else:
-        lm_config = qwen3_config(settings.language_model, vocab_size)
-    config = RoomPlanConfig(to_dict(settings), lm_config, shown, image_token_id)
-    encoder = load_vggt(settings.vggt_weights, vggt_settings(settings)) if settings.vggt_weights else None
+        lm_config = qwen3_config(lm_settings, vocab_size)
+    if settings.vggt_weights:
+        encoder, path = load_encoder(settings.vggt_weights, vggt_settings(settings))
+        if settings.freeze_vggt:
+            references["encoder"] = reference_to(settings.vggt_weights, path)
+        else:
+            encoder.float()  # trained in float32, whatever the file holds
+    config = RoomPlanConfig(to_dict(settings), lm_config, shown, image_token_id, references)
     return RoomPlanVLM(config, language_model, encoder)
 
 
 def qwen3_config(settings: LanguageModelConfig, vocab_size: int) -> dict:
-    """Plain fields of a Qwen3Config; ValueError for a key that Qwen3Config does not have."""
+    """Plain fields of a Qwen3Config with at least `vocab_size` rows; ValueError for a key that it does not have."""
     known = Qwen3Config().to_dict()
     unknown = [key for key in settings.config if key not in known]
     if unknown:
         raise ValueError(f"model.language_model.config: unknown Qwen3Config fields {unknown}")
-    return {"model_type": "qwen3", **settings.config, "vocab_size": vocab_size}
+    rows = max(settings.config.get("vocab_size", 0), vocab_size)
+    return {"model_type": "qwen3", **settings.config, "vocab_size": rows}
 
 
 def parameter_table(model: RoomPlanVLM) -> list[tuple[str, int, int]]:

@@ -22,6 +22,7 @@ from roomplan_lib.scenes import load_depth, load_rgb
 from roomplan_lib.training.prompt import prompt_text
 
 IGNORE_INDEX = -100
+GEOMETRY_KEYS = ("R", "t", "K", "depth_hist")
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +117,9 @@ class Collator:
         first = {sample.view_key: sample for sample in reversed(shown)}
         prompts, responses = [], []
         for sample in samples:
+            lacking = [k for k in GEOMETRY_KEYS if k not in (sample.record.get("geom_token") or GEOMETRY_KEYS)]
+            if lacking:
+                raise ValueError(f"scene {sample.record['scene_id']}: geom_token lacks {lacking}; prepare it again")
             text = prompt_text(
                 sample.record, self.tokenizer, 0 if blind else self.num_visual_tokens, self.data.visual_first
             )

@@ -8,6 +8,8 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from roomplan_lib.model.pretrained import TOKENIZER, find_source
+
 IMAGE_TOKEN, VISION_START, VISION_END = "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"
 PAD_TOKEN, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = [PAD_TOKEN, TURN_START, TURN_END, VISION_START, VISION_END, IMAGE_TOKEN]
@@ -42,8 +44,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    """A tokenizer by hub id or folder. ValueError when it lacks the tokens that mark views and turns."""
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    """A tokenizer by hub id or folder. ValueError when it is missing or lacks the tokens that mark views and turns."""
+    folder = find_source(str(name), "model.language_model.tokenizer", TOKENIZER)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"model.language_model.tokenizer: {folder} holds no whole tokenizer: {error}") from None
     vocabulary = tokenizer.get_vocab()
     missing = [t for t in (IMAGE_TOKEN, VISION_START, VISION_END, TURN_END) if t not in vocabulary]
     if missing:

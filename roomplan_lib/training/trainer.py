@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_model
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -141,7 +140,7 @@ class RoomPlanTrainer(Trainer):
         self._staging = None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        load_model(self.model, str(Path(resume_from_checkpoint) / "model.safetensors"), strict=True)
+        self.model.load_trained(resume_from_checkpoint)
 
 
 def parameter_groups(model: RoomPlanVLM, config: RunConfig) -> list[dict]:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,10 +21,13 @@ from roomplan_lib.model.vggt.model import VGGT
 
 _WRAPPERS = ("model", "state_dict")
 _LISTED = 20  # keys per kind in an error message
+# Of Trainer and accelerate; they lie beside weights and end as weights do.
+_TRAINING_STATE = {f"{name}.{end}" for name in ("optimizer", "scheduler", "scaler") for end in ("bin", "pt")}
+_TRAINING_STATE |= {"training_args.bin", "rng_state.pth"}
 _log = logging.getLogger(__name__)
 
 
-def _unwrapped(state_dict: Mapping) -> dict:
+def unwrapped(state_dict: Mapping) -> dict:
     """The flat mapping inside {"model": ...} and {"state_dict": ...}, without the "module." of wrapped training."""
     while inner := next((name for name in _WRAPPERS if isinstance(state_dict.get(name), Mapping)), None):
         state_dict = state_dict[inner]
@@ -40,7 +44,7 @@ def load_vggt_state_dict(model: VGGT, state_dict: Mapping) -> list[str]:
     model's dtype and device, unless the model is on the meta device: it then takes theirs.
     Raises ValueError that lists every other missing, unexpected or misshapen key.
     """
-    weights, expected = _unwrapped(state_dict), model.state_dict()
+    weights, expected = unwrapped(state_dict), model.state_dict()
     absent = ["track_head", *(f"{name}_head" for name in HEAD_NAMES if name not in model.config.heads)]
     ignored = sorted({name for name in absent for key in weights if str(key).startswith(f"{name}.")})
     weights = {key: value for key, value in weights.items() if str(key).split(".", 1)[0] not in ignored}
@@ -71,13 +75,18 @@ def load_vggt_state_dict(model: VGGT, state_dict: Mapping) -> list[str]:
     return ignored
 
 
-def _weight_files(path: Path) -> list[Path]:
-    """The files that hold the weights behind `path`, a file or a folder; safetensors before pickles."""
+def weight_files(path: Path) -> list[Path]:
+    """The files that hold the weights behind `path`: a file, an index of shards, or a folder (safetensors first).
+
+    Raises ValueError when there are none, when a shard is missing, and for a folder that leaves a choice.
+    """
     if not path.exists():
-        raise ValueError(f"{path}: no such file or folder; VGGT's weights are expected there, download them first")
+        raise ValueError(f"{path}: no such file or folder; weights are expected there, download them first")
     if path.is_dir():
-        for pattern in ("*.safetensors.index.json", "*.safetensors", "*.pt", "*.pth", "*.bin"):
-            found = sorted(path.glob(pattern))
+        for pattern in ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*.pt", "*.pth", "*.bin"):
+            found = sorted(file for file in path.glob(pattern) if file.name not in _TRAINING_STATE)
+            if _is_shard_set(found):
+                return found
             if len(found) > 1:
                 raise ValueError(f"{path}: several weight files, name one: {', '.join(file.name for file in found)}")
             if found:
@@ -88,17 +97,30 @@ def _weight_files(path: Path) -> list[Path]:
     if not path.name.endswith(".index.json"):
         return [path]
     try:
-        names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        entries = json.loads(path.read_text())["weight_map"].values()
+        # vggt-qwen3 reads its own indices as {key: {"filename": ...}}; everybody else writes {key: filename}.
+        names = sorted({entry["filename"] if isinstance(entry, dict) else entry for entry in entries})
+        shards = [path.parent / name for name in names]
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: expected a safetensors index with a weight_map") from error
-    shards = [path.parent / name for name in names]
+        raise ValueError(f"{path}: expected an index of shards with a weight_map") from error
     missing = [shard.name for shard in shards if not shard.is_file()]
-    if missing:
-        raise ValueError(f"{path}: shards missing beside the index: {', '.join(missing)}")
+    if missing or not shards:
+        raise ValueError(f"{path}: shards missing beside the index: {', '.join(missing) or 'it names none'}")
     return shards
 
 
-def _read_weights(path: Path) -> dict:
+def _is_shard_set(files: list[Path]) -> bool:
+    """Whether the files are shards of one checkpoint, as `x-00001-of-00002.bin`; ValueError if one is missing."""
+    numbers = [re.fullmatch(r"(.+)-(\d+)-of-(\d+)\.\w+", file.name) for file in files]
+    if not files or not all(numbers) or len({(match[1], match[3]) for match in numbers}) > 1:
+        return False
+    missing = set(range(1, int(numbers[0][3]) + 1)) - {int(match[2]) for match in numbers}
+    if missing:
+        raise ValueError(f"{files[0].parent}: of {numbers[0][3]} shards, number {sorted(missing)} is missing")
+    return True
+
+
+def read_weights(path: Path) -> dict:
     """Contents of one weight file, mapped from disk where the format allows it."""
     try:
         if path.suffix == ".safetensors":
@@ -141,8 +163,8 @@ def load_vggt(path: str | Path, config: VGGTConfig | None = None) -> VGGT:
     """
     path = Path(path)
     weights: dict = {}
-    for file in _weight_files(path):
-        weights |= _read_weights(file)
+    for file in weight_files(path):
+        weights |= read_weights(file)
     with torch.device("meta"):
         model = VGGT(_config_beside(path) if config is None else config)
     try:

@@ -69,22 +69,33 @@ class VGGT(nn.Module):
         if images.ndim == 4:
             images = images[None]
 
+        layers = self.head_layers(heads)
+        tokens, patch_token_start = self.aggregator(images, layers)
+        return self.read_heads(
+            heads, dict(zip(layers, tokens, strict=True)), patch_token_start, tuple(images.shape[-2:])
+        )
+
+    def head_layers(self, heads: Sequence[str]) -> list[int]:
+        """Aggregator layers that `heads` read, in order."""
         layers = {self.config.depth - 1} if "camera" in heads else set()
         if "depth" in heads or "point" in heads:
             layers |= set(self.config.head_layers)
-        layers = sorted(layers)
-        tokens, patch_token_start = self.aggregator(images, layers)
+        return sorted(layers)
 
+    def read_heads(
+        self, heads: Sequence[str], tokens: dict[int, Tensor], patch_token_start: int, image_size_hw: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        """`forward` from tokens that are already there: aggregator outputs by layer, at least `head_layers(heads)`."""
         predictions: dict[str, Tensor] = {}
-        with torch.autocast(images.device.type, enabled=False):
-            tokens = {layer: layer_tokens.float() for layer, layer_tokens in zip(layers, tokens, strict=True)}
+        with torch.autocast(next(iter(tokens.values())).device.type, enabled=False):
+            tokens = {layer: tokens[layer].float() for layer in self.head_layers(heads)}
             if "camera" in heads:
                 predictions["pose_enc"] = _in_fp32(self.camera_head, tokens[self.config.depth - 1])[-1]
             dense = ("depth", ("depth", "depth_conf")), ("point", ("world_points", "world_points_conf"))
             for head, names in dense:
                 if head in heads:
                     taps = [tokens[layer] for layer in self.config.head_layers]
-                    values = _in_fp32(getattr(self, f"{head}_head"), taps, patch_token_start, tuple(images.shape[-2:]))
+                    values = _in_fp32(getattr(self, f"{head}_head"), taps, patch_token_start, image_size_hw)
                     predictions |= dict(zip(names, values, strict=True))
         return predictions
 
