@@ -17,7 +17,8 @@ from transformers.utils import logging as transformers_logging
 
 from roomplan_lib.config import DataConfig, RunConfig, parse, to_dict
 from roomplan_lib.files import file_hash, write_whole
-from roomplan_lib.model.vlm import RoomPlanVLM, build_model, parameter_table
+from roomplan_lib.model.describe import describe
+from roomplan_lib.model.vlm import RoomPlanVLM, build_model
 from roomplan_lib.samples.targets import response_text
 from roomplan_lib.training.collator import Collator, Sample, load_samples
 from roomplan_lib.training.prompt import prompt_text
@@ -44,13 +45,16 @@ def train(config: RunConfig, on_log: Callable[[dict], None] | None = None) -> Pa
     eval_samples = load_samples(config.data.eval_paths) if config.data.eval_paths else []
     tokenizer = make_tokenizer(config, train_samples)
     model = make_model(config, tokenizer)
-    for name, total, trainable in parameter_table(model):
-        print(f"{name:>18}: {total / 1e6:9.3f} M parameters, {trainable / 1e6:9.3f} M trainable")
+    collator = make_collator(model, tokenizer, config.data)
+    shown = collator(train_samples[:16])
+    num_views, _, height, width = shown["pixel_values"][0].shape
+    num_tokens, num_supervised = (int(t.sum(1).max()) for t in (shown["attention_mask"], shown["labels"] >= 0))
+    describe(model, num_views, (width, height), num_tokens - model.num_visual_tokens, num_supervised)
     count = config.training.num_eval_samples
     trainer = RoomPlanTrainer(
         config,
         model,
-        make_collator(model, tokenizer, config.data),
+        collator,
         train_samples,
         eval_samples[:: max(1, len(eval_samples) // count)][:count] if count else [],
         on_log,
