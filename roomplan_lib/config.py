@@ -68,6 +68,11 @@ class PositionsConfig:
     width: int = 128  # hidden width of mlp_pe
     source: Literal["depth", "vggt"] = "depth"  # sensor depth + pose, or VGGT's own points scaled by the known poses
     position_encoding_dim: int = 0  # 0 = the patch tokens' width; another width gets a learned projection to it
+    n_points: Literal[1, 2, 5, 9] = 1  # per patch: 1 mean, 2 minimum and maximum of each axis, 5 and 9 on a lattice
+    min_valid_share: float = 0.0  # of a patch's pixels that need depth, or it has no coordinates; 0 = one is enough
+    # encoder: the raw patch tokens; resampler: its normalised context (the reference kind has no norm: the same).
+    # There is no third place behind the resampler: a latent belongs to no pixel.
+    add_to: Literal["encoder", "resampler"] = "resampler"
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,7 @@ class TrainingConfig:
     lr_scheduler: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
     max_grad_norm: float = 1.0
     bf16: bool = False
+    gradient_checkpointing: bool = False  # compute layers again in the backward pass: less memory, more time
     log_every_steps: int = 10
     eval_every_steps: int = 100  # 0 = never
     num_eval_samples: int = 256  # of the held-out samples, for the validation loss
@@ -228,7 +234,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if origin in (typing.Union, types.UnionType):  # only `X | None` is used
         return None if value is None else _convert(next(a for a in args if a is not type(None)), value, path)
     if origin is Literal:
-        if value not in args:
+        if value not in args or isinstance(value, bool):  # True == 1
             raise ValueError(f"{path}: expected one of {', '.join(map(str, args))}, got {value!r}")
         return value
     if dataclasses.is_dataclass(hint):

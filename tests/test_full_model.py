@@ -1,4 +1,4 @@
-"""The model at full size without its weights: assembly, loading, saving, the card, import, positions, generation.
+"""The model at full size without its weights: assembly, loading, saving, the card, import, generation.
 
 Each numbered mistake of the reference code's model (vggt-qwen3 at 1e5d6ad) has a test that fails if it comes back:
 
@@ -31,8 +31,6 @@ import dataclasses
 import importlib.util
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -60,8 +58,6 @@ from roomplan_lib.config import (
     to_dict,
 )
 from roomplan_lib.evaluation.predict import predict_run
-from roomplan_lib.geometry import unproject
-from roomplan_lib.model import positions as positions_module
 from roomplan_lib.model.checkpoint_import import checkpoint_files, import_checkpoint
 from roomplan_lib.model.describe import (
     aggregator_flops,
@@ -73,18 +69,10 @@ from roomplan_lib.model.describe import (
     resampler_table,
 )
 from roomplan_lib.model.geometry_tokens import RECORD_WIDTH, normalise_records, record_poses
-from roomplan_lib.model.positions import (
-    align_cameras,
-    build_positions,
-    encode_positions,
-    register_positions,
-    sin3d_encoding,
-    vggt_patch_coordinates,
-)
 from roomplan_lib.model.resampler import PerceiverResampler, ReferenceResampler, build_resampler
-from roomplan_lib.model.vggt import VGGT, VGGTConfig, cameras_to_pose_encoding
+from roomplan_lib.model.vggt import VGGT, VGGTConfig
 from roomplan_lib.model.vlm import IGNORE_INDEX, RoomPlanConfig, RoomPlanVLM, build_model, parameter_table
-from roomplan_lib.training.collator import Collator, Sample, load_samples, patch_mean_coordinates
+from roomplan_lib.training.collator import Collator, Sample, load_samples
 from roomplan_lib.training.prompt import prompt_text
 from roomplan_lib.training.run import load_model_folder, make_tokenizer, train
 from roomplan_lib.training.tokenizer import IMAGE_TOKEN, load_tokenizer, train_tokenizer
@@ -801,235 +789,6 @@ def test_generation_reads_the_geometry():
     views["geometry_records"] = [records + 1 for records in views["geometry_records"]]
     after = first_logits()
     assert (after - before)[0].abs().max() > 1e-5 and torch.allclose(after[1], before[1], atol=1e-6)
-
-
-# ---------------------------------------------------------------------------- 3D positions
-def test_base_is_the_model_without_positions():
-    plain = make(positions=PositionsConfig("base"))
-    assert plain.positions is None and not plain.needs_positions
-    torch.manual_seed(3)
-    tokens = torch.randn(1, 2, 5 + 6, 64)
-    coordinates, valid = torch.randn(1, 2, 6, 3), torch.zeros(1, 2, 6, dtype=torch.bool)
-    none_valid = encode_positions(build_positions(SETTINGS.positions, 64), SETTINGS.positions, coordinates, valid)
-    resampler = plain.resampler
-    assert torch.equal(resampler([tokens], 5, (2, 3)), resampler([tokens], 5, (2, 3), none_valid))
-
-
-def test_one_patch_moves_the_logits_and_gradients_reach_the_encoding():
-    for method in ("mlp_pe", "sin3d_pe"):
-        model = make(positions=PositionsConfig(method, "discrete", width=16)).eval()
-        batch = make_batch(model, (3,), (9,))
-        batch["patch_valid"][0][:] = True
-        before = logits_of(model, batch)
-        batch["patch_coordinates"][0][1, 2] += 2.0
-        assert (logits_of(model, batch) - before).abs().max() > 1e-6
-        batch["patch_valid"][0][1, 2] = False
-        masked = logits_of(model, batch)
-        batch["patch_coordinates"][0][1, 2] = float("nan")  # no depth there: whatever stands there is not read
-        assert torch.equal(logits_of(model, batch), masked)
-
-
-def test_a_class_from_a_notebook_cell(tmp_path):
-    try:
-
-        @register_positions("height")
-        class Height(nn.Module):
-            def __init__(self, config, width):
-                super().__init__()
-                self.up = nn.Linear(1, width)
-
-            def forward(self, coordinates):
-                return self.up(coordinates[..., 2:])
-
-        model = make(positions=PositionsConfig("height")).eval()
-        batch = make_batch(model)
-        model.save_pretrained(tmp_path / "saved")
-        loaded = RoomPlanVLM.from_pretrained(tmp_path / "saved")
-        assert torch.equal(logits_of(loaded, batch), logits_of(model, batch))
-        batch["patch_coordinates"] = [c + torch.tensor([5.0, -5.0, 0]) for c in batch["patch_coordinates"]]
-        assert torch.equal(logits_of(loaded, batch), logits_of(model, batch))  # it reads heights alone
-    finally:
-        positions_module.METHODS.pop("height", None)
-    with pytest.raises(ValueError, match="unknown 'height'; known: base, sin3d_pe, mlp_pe; .*register_positions"):
-        RoomPlanVLM.from_pretrained(tmp_path / "saved")
-
-
-def test_position_encoding_dim_is_the_width_of_what_it_is_added_to(tmp_path):
-    assert build_positions(PositionsConfig("sin3d_pe"), 64)(torch.zeros(5, 3)).shape == (5, 64)
-    model = make(positions=PositionsConfig("sin3d_pe", position_encoding_dim=12)).eval()
-    projection = model.positions.projection
-    assert projection.weight.shape == (64, 12)
-    coordinates = torch.tensor([[1.0, 2.0, 3.0]])
-    golden = [0.841471, 0.540302, 0.01, 0.99995, 0.909297, -0.416147, 0.019999, 0.9998, 0.14112, -0.989992, 0.029995]
-    expected = projection(torch.tensor([[*golden, 0.99955]]))
-    assert torch.allclose(model.positions(coordinates), expected, atol=1e-5)
-    grouped = {id(p) for group in parameter_groups(model, RunConfig()) for p in group["params"]}
-    assert id(projection.weight) in grouped
-    model(**make_batch(model)).loss.backward()
-    assert projection.weight.grad.abs().sum() > 0
-    model.save_pretrained(tmp_path / "saved")
-    assert torch.equal(RoomPlanVLM.from_pretrained(tmp_path / "saved").positions.projection.weight, projection.weight)
-    with pytest.raises(ValueError, match="position_encoding_dim: expected 0 or at least 3"):
-        build_positions(PositionsConfig("sin3d_pe", position_encoding_dim=2), 64)
-
-
-def test_encodings_are_computed_in_float32():
-    coordinates = torch.tensor([157.3, 203.9, 77.7])
-    exact = sin3d_encoding(coordinates.double(), 2560)
-    assert (sin3d_encoding(coordinates, 2560) - exact).abs().max() < 1e-4
-    assert (sin3d_encoding(coordinates.bfloat16(), 2560).float() - exact).abs().max() > 0.05  # so coordinates stay wide
-    model = make(positions=PositionsConfig("sin3d_pe")).eval()
-    batch = make_batch(model)
-    wide = logits_of(model, batch)
-    seen = []
-    model.positions.register_forward_hook(lambda module, args, out: seen.append((args[0].dtype, out.dtype)))
-    model.bfloat16()
-    narrow = logits_of(model, batch)
-    assert set(seen) == {(torch.float32, torch.float32)} and (narrow.float() - wide).abs().max() < 0.1
-
-
-@pytest.mark.parametrize("source", ["depth", "vggt"])
-def test_autocast_leaves_positions_alone(source):
-    model = make(positions=PositionsConfig("mlp_pe", width=16, source=source)).eval()
-    if source == "vggt":
-        with torch.no_grad():  # an untrained camera head puts all cameras in one place
-            model.encoder.camera_head.pose_branch.fc2.weight.normal_()
-    batch = make_batch(model, (3,), (9,))
-    seen = []
-    model.positions.register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        model(**batch)
-    coordinates, encoding = seen[0]
-    assert encoding.dtype == torch.float32 and torch.equal(encoding, model.positions(coordinates))
-    rounded = coordinates.bfloat16().float()
-    assert (rounded - coordinates).abs().max() > 1e-3  # what autocast would have made of them
-
-
-@pytest.mark.slow
-def test_thirty_two_large_depth_maps_fit_in_memory():
-    """32 depth maps of 480 x 640 to encodings of width 2560: below 2 GiB and 15 s (pixel by pixel it takes 131 GiB)."""
-    code = """
-import resource, time, numpy as np, torch
-from roomplan_lib.config import PositionsConfig
-from roomplan_lib.evaluation.predict import predict_run
-from roomplan_lib.geometry import unproject
-from roomplan_lib.model.positions import build_positions, encode_positions
-from roomplan_lib.training.collator import patch_mean_coordinates
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-depth = np.random.default_rng(0).uniform(1, 3, (32, 480, 640)).astype(np.float32)
-before, start = peak(), time.process_time()
-K = np.array([[500.0, 0, 320], [0, 500, 240], [0, 0, 1]])
-pairs = [patch_mean_coordinates(*unproject(d, K, np.eye(4)), (24, 32)) for d in depth]
-coordinates, valid = (torch.tensor(np.stack(x)) for x in zip(*pairs))
-config = PositionsConfig("sin3d_pe", "discrete")
-encoding = encode_positions(build_positions(config, 2560), config, coordinates.float(), valid)
-assert encoding.shape == (32, 768, 2560)
-print(peak() - before, time.process_time() - start)
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    gibibytes, seconds = map(float, result.stdout.split())
-    assert gibibytes < 2 and seconds < 15
-
-
-@pytest.mark.parametrize("size, grid", [((48, 64), (3, 4)), ((60, 80), (4, 5)), ((37, 53), (3, 4))])
-def test_patch_means_are_two_dimensional(size, grid):
-    height, width = size
-    K = np.array([[width, 0, width / 2], [0, width, height / 2], [0, 0, 1.0]])
-    depth = np.random.default_rng(0).uniform(1, 3, size).astype(np.float32)
-    depth[: height // 4, : width // 4] = 0
-    points, valid = unproject(depth, K, np.eye(4))
-    means, known = patch_mean_coordinates(points, valid, grid)
-    rows, columns = (np.floor((np.arange(n) + 0.5) * g / n).astype(int) for n, g in zip(size, grid, strict=True))
-    for patch in range(grid[0] * grid[1]):
-        inside = (rows[:, None] == patch // grid[1]) & (columns == patch % grid[1]) & valid
-        assert known[patch] == inside.any()
-        if inside.any():
-            assert np.abs(means[patch] - points[inside].mean(0)).max() < 1e-5
-    # The fork pools the flat list of pixels: its tokens average rows of the image, far from the patches they join.
-    flat = torch.tensor(np.where(valid[..., None], points, 0).reshape(-1, 3).T)[None]
-    pooled = nn.functional.adaptive_avg_pool1d(flat, grid[0] * grid[1])[0].T.numpy()
-    assert np.linalg.norm(pooled - means, axis=1)[known].mean() > 0.3
-
-
-def camera_path(num_views: int) -> torch.Tensor:
-    """[V, 4, 4] camera_to_reference, metres."""
-    torch.manual_seed(1)
-    rotation = torch.linalg.qr(torch.randn(num_views, 3, 3, dtype=torch.float64))[0]
-    poses = torch.eye(4, dtype=torch.float64).repeat(num_views, 1, 1)
-    poses[:, :3, :3] = rotation * torch.linalg.det(rotation)[:, None, None]
-    poses[:, :3, 3] = torch.randn(num_views, 3, dtype=torch.float64) * 2
-    return poses
-
-
-def test_vggt_points_come_to_the_reference_frame_in_metres():
-    """Exact predictions in VGGT's world (its first camera, unit 1 / 2.7 m) give the true metric patch means."""
-    known = camera_path(4)
-    height, width, patch, unit = 28, 42, 14, 2.7
-    K = torch.tensor([[40.0, 0, width / 2], [0, 40.0, height / 2], [0, 0, 1]], dtype=torch.float64).expand(4, 3, 3)
-    depth = torch.rand(4, height, width, dtype=torch.float64) * 3 + 1  # metres
-    vggt = torch.linalg.inv(known[0]) @ known  # camera to VGGT's world
-    vggt[:, :3, 3] /= unit
-    pose_enc = cameras_to_pose_encoding(torch.linalg.inv(vggt)[:, :3], K, (height, width))
-    predictions = {"pose_enc": pose_enc[None].float(), "depth": (depth / unit)[None, ..., None].float()}
-    coordinates, valid = vggt_patch_coordinates(predictions, known[None].float(), (height, width), patch)
-    assert coordinates.shape == (1, 4, 6, 3) and valid.all()
-    for view in range(4):
-        points, mask = unproject(depth[view].numpy(), K[view].numpy(), known[view].numpy())
-        means, _ = patch_mean_coordinates(points, mask, (2, 3))
-        assert np.abs(coordinates[0, view].numpy() - means).max() < 1e-4
-    predictions["depth"][0, 0, :14, :14] = float("inf")
-    coordinates, valid = vggt_patch_coordinates(predictions, known[None].float(), (height, width), patch)
-    assert valid[0, 0].tolist() == [False] + [True] * 5 and coordinates.isfinite().all()
-
-
-def test_alignment_equals_umeyama_and_survives_noise():
-    known = camera_path(6)
-    truth = camera_path(3)[1]
-    rotation = truth[:3, :3].T @ known[:, :3, :3]
-    centers = (known[:, :3, 3] - truth[:3, 3]) @ truth[:3, :3] / 0.4
-    inputs = (rotation[None], centers[None], known[None, :, :3, :3], known[None, :, :3, 3])
-    scale, turn, shift = align_cameras(*inputs)
-    assert (
-        scale.item() == pytest.approx(0.4)
-        and torch.allclose(turn[0], truth[:3, :3])
-        and torch.allclose(shift[0], truth[:3, 3])
-    )
-    # Umeyama 1991 on the centres alone
-    x, y = centers - centers.mean(0), known[:, :3, 3] - known[:, :3, 3].mean(0)
-    u, d, vh = torch.linalg.svd(y.T @ x / len(x))
-    s = torch.diag(torch.tensor([1.0, 1.0, torch.linalg.det(u @ vh).sign()], dtype=torch.float64))
-    assert scale.item() == pytest.approx(((d * s.diag()).sum() / x.square().sum(1).mean()).item())
-    assert torch.allclose(turn[0], u @ s @ vh, atol=1e-6)
-    noisy = align_cameras(inputs[0], inputs[1] + 0.02 * torch.randn(1, 6, 3), *inputs[2:])
-    assert noisy[0].item() == pytest.approx(0.4, rel=0.05) and torch.linalg.det(noisy[1]).item() == pytest.approx(1)
-    with pytest.raises(ValueError, match="too close together"):
-        align_cameras(inputs[0], inputs[1], inputs[2], inputs[3] * 0 + 1)
-    with pytest.raises(ValueError, match="too close together"):
-        align_cameras(*(x[:, :1] for x in inputs))
-
-
-def test_positions_from_vggts_own_points():
-    model = make(positions=PositionsConfig("mlp_pe", width=16, source="vggt"), tap_layers=(1, -1)).eval()
-    with torch.no_grad():  # an untrained camera head puts all cameras in one place
-        model.encoder.camera_head.pose_branch.fc2.weight.normal_()
-    batch = make_batch(model, (3, 3), (9, 6))
-    with pytest.raises(ValueError, match="model.positions.source is vggt, whose points have no metric scale"):
-        model(**batch)
-    batch["has_geometry"][:] = True
-    seen = []
-    model.positions.register_forward_hook(lambda module, args, out: seen.append(args[0]))
-    expected = logits_of(model, batch)
-    predictions = model.encoder(torch.stack(batch["pixel_values"]).float() / 255, heads=("camera", "depth"))
-    poses = record_poses(torch.stack(batch["geometry_records"]))
-    coordinates, _ = vggt_patch_coordinates(predictions, poses, (28, 42), 14)
-    assert torch.allclose(seen[0], coordinates, atol=1e-4)
-    far = [records.clone() for records in batch["geometry_records"]]
-    for records in far:
-        records[:, 9:12] *= 3  # the same room three times as large
-    assert not torch.allclose(logits_of(model, {**batch, "geometry_records": far}), expected, atol=1e-5)
-    model.train()(**batch).loss.backward()
-    assert model.positions[0].weight.grad.abs().sum() > 0
-    assert all(p.grad is None for p in model.encoder.camera_head.parameters())  # coordinates are data
 
 
 # ---------------------------------------------------------------------------- import of the reference's layouts

@@ -3,22 +3,18 @@
 import copy
 import dataclasses
 
-import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from roomplan_lib.config import DataConfig, GeometryConfig, LoraSettings, PositionsConfig, ResamplerConfig
-from roomplan_lib.geometry import unproject
+from roomplan_lib.config import DataConfig, GeometryConfig, LoraSettings, ResamplerConfig
 from roomplan_lib.model.geometry_tokens import RECORD_WIDTH, GeometryEncoder
-from roomplan_lib.model.positions import build_positions, encode_positions, sin3d_encoding
 from roomplan_lib.model.resampler import PerceiverResampler
 from roomplan_lib.model.vlm import RoomPlanVLM, build_model, parameter_table
 from roomplan_lib.samples.targets import response_text
 from roomplan_lib.training.collator import (
     IGNORE_INDEX,
     load_samples,
-    patch_mean_coordinates,
     resized_size,
 )
 from roomplan_lib.training.prompt import prompt_text
@@ -310,44 +306,6 @@ def test_geometry_tokens_differ_and_ignore_records_that_are_not_there():
     assert torch.equal(encoder(other, has), tokens)
     tokens[1].sum().backward()
     assert encoder.null_record.grad.abs().sum() > 0
-
-
-def test_sine_positions_match_published_numbers():
-    golden = [0.841471, 0.540302, 0.01, 0.99995, 0.909297, -0.416147, 0.019999, 0.9998]
-    golden += [0.14112, -0.989992, 0.029995, 0.99955]
-    coords = torch.tensor([1.0, 2.0, 3.0])
-    assert torch.allclose(sin3d_encoding(coords, 12), torch.tensor(golden), atol=1e-6)
-    for width, norm, padding in ((2560, 35.75, 1), (3584, 42.32, 2)):
-        encoding = sin3d_encoding(coords, width)
-        assert encoding.norm().item() == pytest.approx(norm, abs=0.01) and (encoding[-padding:] == 0).all()
-
-
-def test_discrete_positions_and_masked_depth():
-    class Echo(torch.nn.Module):
-        def forward(self, coordinates):
-            return coordinates
-
-    coords, valid = torch.tensor([[1.0, 2.0, 3.0], [99.0, 0, 0]]), torch.tensor([True, False])
-    out = encode_positions(Echo(), PositionsConfig(coordinates="discrete"), coords, valid)
-    assert out.tolist() == [[160, 170, 80], [0, 0, 0]]
-    with pytest.raises(ValueError, match="unknown 'rope'; known: base, sin3d_pe, mlp_pe"):
-        build_positions(PositionsConfig(method="rope"), 8)
-    assert build_positions(PositionsConfig(method="base"), 8) is None
-
-
-def test_patch_means_equal_brute_force_and_skip_missing_depth():
-    rng = np.random.default_rng(0)
-    depth = rng.uniform(1, 3, (60, 80)).astype(np.float32)
-    depth[:20, :20] = 0  # the first patch has no depth at all
-    depth[25, 30] = 0
-    points, valid = unproject(depth, np.array([[70.0, 0, 39.5], [0, 70, 29.5], [0, 0, 1]]), np.eye(4))
-    means, known = patch_mean_coordinates(points, valid, (3, 4))
-    assert known.tolist() == [False] + [True] * 11 and (means[0] == 0).all()
-    for row in range(3):
-        for column in range(4):
-            block = (slice(row * 20, row * 20 + 20), slice(column * 20, column * 20 + 20))
-            if row + column:
-                assert np.allclose(means[row * 4 + column], points[block][valid[block]].mean(0), atol=1e-9)
 
 
 def test_picture_sizes_keep_their_content():

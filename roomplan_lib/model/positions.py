@@ -1,7 +1,8 @@
 """3D position encodings: where in the room each patch lies, added to patch tokens before the resampler.
 
-Coordinates are metres in the sample's reference frame: the mean of a patch's points, from sensor depth and pose or
-from VGGT's own points (`vggt_patch_coordinates`), which the known poses bring to that frame and scale.
+Coordinates are metres in the sample's reference frame: the mean of a patch's points or `n_points` of them, from sensor
+depth and pose (`patch_coordinates` of the collator) or from VGGT's own points (`vggt_patch_coordinates`), which the
+known poses bring to that frame and scale.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ LOWER, UPPER = (-15.0, -15.0, -5.0), (15.0, 15.0, 5.0)
 def register_positions(name: str) -> Callable:
     """Class decorator: makes a module built from (PositionsConfig, width) known as `model.positions.method: name`.
 
-    Its forward takes float32 coordinates [..., 3] (metres, or voxel numbers when discrete) and returns [..., width].
+    Its forward takes float32 coordinates [..., 3] (metres, or voxel numbers when discrete) and returns [..., width];
+    with `n_points` above 1 it takes [..., n_points, 3].
     Registering a name again replaces the class, so that a notebook cell can be run twice.
     """
 
@@ -34,9 +36,10 @@ def register_positions(name: str) -> Callable:
 
 
 def build_positions(config: PositionsConfig, width: int) -> nn.Module | None:
-    """The encoder named by `config.method` for tokens of `width`; None for "base". ValueError for unknown names.
+    """The encoder named by `config.method` for tokens of `width`; None for "base".
 
     With a `position_encoding_dim` other than `width` the encoding has that size and a learned projection widens it.
+    Raises ValueError for unknown names, a size without a channel per axis and point, a share that is none.
     """
     if config.method == "base":
         return None
@@ -45,9 +48,11 @@ def build_positions(config: PositionsConfig, width: int) -> nn.Module | None:
             f"model.positions.method: unknown {config.method!r}; known: base, {', '.join(METHODS)}; "
             "a class of your own is known once register_positions has run"
         )
-    size = config.position_encoding_dim or width
-    if size < 3:
-        raise ValueError(f"model.positions.position_encoding_dim: expected 0 or at least 3, got {size}")
+    if not 0 <= config.min_valid_share <= 1:
+        raise ValueError(f"model.positions.min_valid_share: expected 0 to 1, got {config.min_valid_share}")
+    size, channels = config.position_encoding_dim or width, 3 * config.n_points
+    if size < channels:
+        raise ValueError(f"model.positions.position_encoding_dim: expected 0 or at least {channels}, got {size}")
     encoder = METHODS[config.method](config, size)
     return encoder if size == width else ProjectedPositions(encoder, size, width)
 
@@ -64,10 +69,17 @@ class ProjectedPositions(nn.Module):
 
 
 def encode_positions(encoder: nn.Module, config: PositionsConfig, coordinates: Tensor, valid: Tensor) -> Tensor:
-    """[..., width] encodings of float32 patch coordinates [..., 3] in metres; exactly zero where not `valid` [...].
+    """[..., width] encodings of float32 patch coordinates in metres; exactly zero where not `valid` [...].
 
-    Raises ValueError when the encoder returns another shape than the tokens have.
+    coordinates: [..., 3], or [..., n_points, 3] with `config.n_points` above 1.
+    Raises ValueError for coordinates of another shape and when the encoder returns another than the tokens have.
     """
+    points = (config.n_points, 3) if config.n_points > 1 else (3,)
+    if coordinates.shape != (*valid.shape, *points):
+        raise ValueError(
+            f"patch coordinates: expected {(*valid.shape, *points)} with model.positions.n_points {config.n_points}, "
+            f"got {tuple(coordinates.shape)}"
+        )
     if config.coordinates == "discrete":
         lower, upper = coordinates.new_tensor(LOWER), coordinates.new_tensor(UPPER)
         coordinates = ((coordinates.clamp(lower, upper) - lower) / VOXEL).round()
@@ -81,18 +93,20 @@ def encode_positions(encoder: nn.Module, config: PositionsConfig, coordinates: T
     return encoding.masked_fill(~valid[..., None], 0.0)
 
 
-def sin3d_encoding(coords: Tensor, dim: int) -> Tensor:
-    """Sine encoding of coordinates [..., 3] -> [..., dim], as in Video-3D-LLM.
+def sin3d_encoding(coords: Tensor, dim: int, n_points: int = 1) -> Tensor:
+    """Sine encoding of coordinates [..., 3], or [..., n_points, 3] with more points than one -> [..., dim].
 
-    dim // 3 channels per axis: channel k holds sin (k even) or cos (k odd) of a * 10000^(-2 floor(k/2) / (dim // 3));
-    axes are concatenated and padded with zeros. Computed in fp32, returned in the dtype of `coords`.
+    As in Video-3D-LLM: n = dim // (3 n_points) channels per point and axis, of which channel k holds sin (k even) or
+    cos (k odd) of a * 10000^(-2 floor(k/2) / n); x, y, z of point after point are concatenated and padded with zeros.
+    Computed in fp32, returned in the dtype of `coords`.
     """
-    n = dim // 3
+    coords = coords.flatten(-2) if n_points > 1 else coords
+    n = dim // (3 * n_points)
     channel = torch.arange(n, device=coords.device)
     frequency = 10000.0 ** (-2.0 * torch.div(channel, 2, rounding_mode="floor") / n)
     angles = coords.float()[..., None] * frequency
     encoding = torch.where(channel % 2 == 0, angles.sin(), angles.cos()).flatten(-2)
-    return nn.functional.pad(encoding, (0, dim - 3 * n)).to(coords.dtype)
+    return nn.functional.pad(encoding, (0, dim - 3 * n_points * n)).to(coords.dtype)
 
 
 @register_positions("sin3d_pe")
@@ -101,22 +115,32 @@ class SinePositions(nn.Module):
 
     def __init__(self, config: PositionsConfig, width: int) -> None:
         super().__init__()
-        self.width = width
+        self.width, self.n_points = width, config.n_points
 
     def forward(self, coordinates: Tensor) -> Tensor:
-        return sin3d_encoding(coordinates, self.width)
+        return sin3d_encoding(coordinates, self.width, self.n_points)
 
 
 @register_positions("mlp_pe")
 class MlpPositions(nn.Sequential):
-    """Linear(3, d), GELU, Linear(d, d), GELU, Linear(d, width)."""
+    """Linear(3 n_points, d), GELU, Linear(d, d), GELU, Linear(d, width)."""
 
     def __init__(self, config: PositionsConfig, width: int) -> None:
         d = config.width
-        super().__init__(nn.Linear(3, d), nn.GELU(), nn.Linear(d, d), nn.GELU(), nn.Linear(d, width))
+        inputs = 3 * config.n_points
+        super().__init__(nn.Linear(inputs, d), nn.GELU(), nn.Linear(d, d), nn.GELU(), nn.Linear(d, width))
+        self.n_points = config.n_points
 
     def forward(self, coordinates: Tensor) -> Tensor:
+        coordinates = coordinates.flatten(-2) if self.n_points > 1 else coordinates
         return super().forward(coordinates.to(self[0].weight.dtype))
+
+
+def patch_lattice(n_points: int) -> list[tuple[float, float]]:
+    """Where 9 or 5 points lie in a patch, (row, column) in shares of its sides, row by row: in the middle of each of
+    3 x 3 equal parts, or of every other one (corners and centre). Video-3D-LLM's sample9 and sample5."""
+    middles = [((i // 3 + 0.5) / 3, (i % 3 + 0.5) / 3) for i in range(9)]
+    return middles if n_points == 9 else middles[::2]
 
 
 VGGT_HEADS = ("camera", "depth")  # more accurate together than the point head (VGGT's README)
@@ -124,9 +148,16 @@ MIN_BASELINE = 0.05  # metres, of camera centres about their mean; less of it fi
 
 
 def vggt_patch_coordinates(
-    predictions: dict[str, Tensor], camera_to_reference: Tensor, image_size_hw: tuple[int, int], patch_size: int
+    predictions: dict[str, Tensor],
+    camera_to_reference: Tensor,
+    image_size_hw: tuple[int, int],
+    patch_size: int,
+    n_points: int = 1,
+    min_valid_share: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Patch coordinates [S, V, P, 3] in metres in the reference frame, and which of them are valid [S, V, P].
+
+    With `n_points` above 1 [S, V, P, n_points, 3]; both settings are those of the collator's `patch_coordinates`.
 
     predictions: VGGT's `pose_enc` and `depth` (unit of its own; world = its first camera) for pictures of (H, W)
     pixels. camera_to_reference: [S, V, 4, 4] known poses in metres. Raises ValueError where these fix no scale.
@@ -139,11 +170,25 @@ def vggt_patch_coordinates(
     scale, turn, shift = align_cameras(rotation, centers, known_rotation, known_centers)
     turned = points @ turn[:, None, None].transpose(-1, -2)
     points = scale[:, None, None, None, None] * turned + shift[:, None, None, None]
-    known = points.isfinite().all(-1, keepdim=True)
-    kept = torch.cat([torch.where(known, points, 0), known.to(points.dtype)], dim=-1)
-    sums = nn.functional.avg_pool2d(kept.flatten(0, 1).permute(0, 3, 1, 2), patch_size)  # [S * V, 4, rows, columns]
-    sums = sums.flatten(2).transpose(1, 2).unflatten(0, points.shape[:2])
-    return sums[..., :3] / sums[..., 3:].clamp(min=1e-9), sums[..., 3] > 0
+    rows = points.shape[2] // patch_size
+    blocks = points.unflatten(3, (-1, patch_size)).unflatten(2, (rows, patch_size))  # [S, V, rows, p, columns, p, 3]
+    blocks = blocks.transpose(3, 4).flatten(4, 5).flatten(2, 3)  # [S, V, P, p * p, 3]
+    known = blocks.isfinite().all(-1)
+    count = known.sum(-1)
+    valid = (count > 0) & (count / known.shape[-1] >= min_valid_share)
+    if n_points == 1:
+        coordinates = torch.where(known[..., None], blocks, 0).sum(-2) / count.clamp(min=1)[..., None]
+    elif n_points == 2:
+        ends = [torch.where(known[..., None], blocks, sign * torch.inf) for sign in (1, -1)]
+        coordinates = torch.stack([ends[0].amin(-2), ends[1].amax(-2)], dim=-2)
+    else:
+        side = (torch.arange(patch_size, device=points.device) + 0.5) / patch_size
+        lattice = side.new_tensor(patch_lattice(n_points))
+        distance = (lattice[:, None] - torch.cartesian_prod(side, side)).square().sum(-1)  # [n_points, p * p]
+        nearest = distance.masked_fill(~known[..., None, :], torch.inf).argmin(-1)  # [S, V, P, n_points]
+        coordinates = blocks.gather(-2, nearest[..., None].expand(*nearest.shape, 3))
+    masked = ~valid[..., None] if n_points == 1 else ~valid[..., None, None]
+    return coordinates.masked_fill(masked, 0.0), valid
 
 
 def align_cameras(

@@ -86,7 +86,7 @@ class PerceiverResampler(nn.Module):
     ) -> Tensor:
         """taps: per tapped layer [B, V, patch_token_start + P, E]; grid: (rows, columns) of the P patches.
 
-        positions: [B, V, P, E] encodings added to every tapped layer's patch tokens, or None.
+        positions: [B, V, P, E] encodings added to every tapped layer's normalised patch tokens, or None.
         Returns [B, num_latents, out_width]. Raises ValueError for more views than `max_views`.
         """
         num_views = taps[0].shape[1]

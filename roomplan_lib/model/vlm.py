@@ -23,7 +23,15 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutput
 
-from roomplan_lib.config import DataConfig, LanguageModelConfig, LoraSettings, ModelConfig, parse, to_dict
+from roomplan_lib.config import (
+    DataConfig,
+    LanguageModelConfig,
+    LoraSettings,
+    ModelConfig,
+    PositionsConfig,
+    parse,
+    to_dict,
+)
 from roomplan_lib.model.geometry_tokens import GeometryEncoder, record_poses
 from roomplan_lib.model.positions import VGGT_HEADS, build_positions, encode_positions, vggt_patch_coordinates
 from roomplan_lib.model.pretrained import check_reference, find_source, load_encoder, load_language_model, reference_to
@@ -65,6 +73,8 @@ class RoomPlanVLM(PreTrainedModel, GenerationMixin):
     """VGGT -> (+ 3D positions) -> Perceiver resampler, and geometry tokens -> a causal language model.
 
     Weights that are not trained are kept in `model.frozen_dtype`, trained ones in float32.
+    `sets_with_positions` [S] bool tells which sets of views of the last `encode_views` had a patch with coordinates;
+    None without 3D positions.
     """
 
     config_class = RoomPlanConfig
@@ -91,6 +101,7 @@ class RoomPlanVLM(PreTrainedModel, GenerationMixin):
             GeometryEncoder(self.settings.geometry, width) if self.settings.geometry.num_tokens else None
         )
         self.positions = build_positions(self.settings.positions, token_width)
+        self.sets_with_positions: Tensor | None = None
         for module in (self.resampler, self.geometry_encoder):
             if module is not None:  # visual tokens start at the scale of the text embeddings
                 std = getattr(language_model.config, "initializer_range", 0.02)
@@ -117,9 +128,10 @@ class RoomPlanVLM(PreTrainedModel, GenerationMixin):
         return self.settings.resampler.num_latents + self.settings.geometry.num_tokens
 
     @property
-    def needs_positions(self) -> bool:
-        """Whether batches must hold patch coordinates; VGGT's own points need none."""
-        return self.positions is not None and self.settings.positions.source == "depth"
+    def needs_positions(self) -> PositionsConfig | None:
+        """The patch coordinates that batches must hold, if any: with VGGT's own points they need none."""
+        settings = self.settings.positions
+        return settings if self.positions is not None and settings.source == "depth" else None
 
     def parts(self) -> dict[str, nn.Module]:
         """The named parts that are there, in the order a picture passes them."""
@@ -216,10 +228,10 @@ class RoomPlanVLM(PreTrainedModel, GenerationMixin):
         """Visual tokens [S, L + G, D] of S sets of views: resampler output, then geometry tokens.
 
         pixel_values: S tensors uint8 [V, 3, H, W]; geometry_records: S tensors [V, RECORD_WIDTH];
-        has_geometry: [S] bool; patch_coordinates [V, P, 3] metres in the reference frame and patch_valid [V, P],
-        S of each, where 3D positions from depth are on (ValueError without them; positions from VGGT's own points
-        need a geometry record instead). Sets of different V, H or W are encoded apart, so no padding ever reaches
-        the encoder's global attention.
+        has_geometry: [S] bool; patch_coordinates [V, P, 3] metres in the reference frame ([V, P, n_points, 3] with
+        more points than one) and patch_valid [V, P], S of each, where 3D positions from depth are on (ValueError
+        without them; positions from VGGT's own points need a geometry record instead). Sets of different V, H or W
+        are encoded apart, so no padding ever reaches the encoder's global attention.
         """
         if self.needs_positions and patch_coordinates is None:
             raise ValueError("3D positions are on, but the batch holds no patch_coordinates")
@@ -227,6 +239,7 @@ class RoomPlanVLM(PreTrainedModel, GenerationMixin):
         for i, views in enumerate(pixel_values):
             groups.setdefault(views.shape, []).append(i)
         encoded: list[Tensor | None] = [None] * len(pixel_values)
+        self.sets_with_positions = None if self.positions is None else torch.zeros_like(has_geometry)
         for members in groups.values():
             pixels = torch.stack([pixel_values[i] for i in members]).float() / 255  # the encoder casts, once normalised
             records = torch.stack([geometry_records[i] for i in members])
@@ -237,10 +250,14 @@ class RoomPlanVLM(PreTrainedModel, GenerationMixin):
                 coordinates = torch.stack([patch_coordinates[i] for i in members]).float()
                 valid = torch.stack([patch_valid[i] for i in members])
             dtype = self.resampler.latents.dtype
-            positions = None
+            taps, positions = [tap.to(dtype) for tap in taps], None
             if self.positions is not None:
                 positions = encode_positions(self.positions, self.settings.positions, coordinates, valid).to(dtype)
-            tokens = self.resampler([tap.to(dtype) for tap in taps], patch_token_start, grid, positions)
+                self.sets_with_positions[members] = valid.flatten(1).any(1)
+                if self.settings.positions.add_to == "encoder":
+                    on_patches = F.pad(positions, (0, 0, patch_token_start, 0))  # zero on camera and registers
+                    taps, positions = [tap + on_patches for tap in taps], None
+            tokens = self.resampler(taps, patch_token_start, grid, positions)
             if self.geometry_encoder is not None:
                 records = records.to(self.geometry_encoder.null_record.dtype)
                 tokens = torch.cat([tokens, self.geometry_encoder(records, has)], dim=1)
@@ -268,8 +285,15 @@ class RoomPlanVLM(PreTrainedModel, GenerationMixin):
         with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
             size = tuple(pixels.shape[-2:])
             predictions = self.encoder.read_heads(VGGT_HEADS, by_layer, patch_token_start, size)
-            poses = record_poses(records.float())
-            coordinates, valid = vggt_patch_coordinates(predictions, poses, size, self.encoder.config.patch_size)
+            settings = self.settings.positions
+            coordinates, valid = vggt_patch_coordinates(
+                predictions,
+                record_poses(records.float()),
+                size,
+                self.encoder.config.patch_size,
+                settings.n_points,
+                settings.min_valid_share,
+            )
         return [by_layer[layer] for layer in wanted], patch_token_start, coordinates, valid
 
     def embed(self, input_ids: Tensor, visual_tokens: Tensor | None) -> Tensor:

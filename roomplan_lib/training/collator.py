@@ -13,9 +13,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from roomplan_lib.config import DataConfig
+from roomplan_lib.config import DataConfig, PositionsConfig
 from roomplan_lib.geometry import resize_intrinsics, unproject
 from roomplan_lib.model.geometry_tokens import NUM_DEPTH_BINS, RECORD_WIDTH, normalise_records
+from roomplan_lib.model.positions import patch_lattice
 from roomplan_lib.samples import read_samples, resolve_image, sample_root
 from roomplan_lib.samples.targets import response_text, sample_world_to_reference
 from roomplan_lib.scenes import load_depth, load_rgb
@@ -45,8 +46,8 @@ class ViewSet:
     pixel_values: Tensor  # uint8 [V, 3, H, W]
     geometry_records: Tensor  # float32 [V, RECORD_WIDTH]
     has_geometry: bool
-    patch_coordinates: Tensor  # float32 [V, P, 3] metres in the reference frame
-    patch_valid: Tensor  # bool [V, P]: the patch has at least one depth pixel
+    patch_coordinates: Tensor  # float32 [V, P, 3], or [V, P, n_points, 3], metres in the reference frame
+    patch_valid: Tensor  # bool [V, P]: enough of the patch's pixels have depth
 
 
 def load_samples(files: Iterable[str | Path]) -> list[Sample]:
@@ -68,21 +69,42 @@ def resized_size(width: int, height: int, longest: int, patch_size: int) -> tupl
     return tuple(sides)
 
 
-def patch_mean_coordinates(
-    points: np.ndarray, valid: np.ndarray, grid: tuple[int, int]
+def patch_coordinates(
+    points: np.ndarray, valid: np.ndarray, grid: tuple[int, int], n_points: int = 1, min_valid_share: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean of the valid points under each patch.
+    """The coordinates that stand for each patch, from the valid points under it alone.
 
     points [H, W, 3], valid [H, W] bool, grid (rows, columns) laid over the whole image.
-    Returns ([rows * columns, 3], [rows * columns] bool); patches without a valid point are zero and False.
+    n_points 1: their mean; 2: their minimum and maximum along each axis; 5, 9: for each place of `patch_lattice` the
+    valid point of the patch whose pixel is nearest, so none is missing where the patch has any.
+    Returns ([P, 3], or [P, n_points, 3] with more points than one, and [P] bool); patches without a valid point, or
+    where a smaller share of the pixels than `min_valid_share` has one, are zero and False.
     """
-    height, width = valid.shape
-    row = ((np.arange(height) + 0.5) * grid[0] / height).astype(int)
-    column = ((np.arange(width) + 0.5) * grid[1] / width).astype(int)
-    patch = (row[:, None] * grid[1] + column)[valid]
-    count = np.bincount(patch, minlength=grid[0] * grid[1])
-    sums = np.stack([np.bincount(patch, points[valid][:, k], grid[0] * grid[1]) for k in range(3)], axis=-1)
-    return sums / np.maximum(count, 1)[:, None], count > 0
+    num_patches = grid[0] * grid[1]
+    row, column = ((np.arange(n) + 0.5) * g / n for n, g in zip(valid.shape, grid, strict=True))  # pixels, in patches
+    number = row.astype(int)[:, None] * grid[1] + column.astype(int)
+    patch, inside = number[valid], points[valid]
+    count = np.bincount(patch, minlength=num_patches)
+    share = count / np.maximum(np.bincount(number.ravel(), minlength=num_patches), 1)
+    known = (count > 0) & (share >= min_valid_share)
+    if n_points == 1:
+        sums = np.stack([np.bincount(patch, inside[:, k], num_patches) for k in range(3)], axis=-1)
+        coordinates = sums / np.maximum(count, 1)[:, None]
+    else:
+        coordinates = np.zeros((num_patches, n_points, 3))
+    if n_points == 2:
+        coordinates[:, 0], coordinates[:, 1] = np.inf, -np.inf
+        np.minimum.at(coordinates[:, 0], patch, inside)
+        np.maximum.at(coordinates[:, 1], patch, inside)
+    elif n_points > 2:
+        for i, (r, c) in enumerate(patch_lattice(n_points)):
+            distance = (((row % 1 - r) ** 2)[:, None] + (column % 1 - c) ** 2)[valid]
+            least = np.full(num_patches, np.inf)
+            np.minimum.at(least, patch, distance)
+            nearest = np.flatnonzero(distance == least[patch])
+            coordinates[patch[nearest], i] = inside[nearest]
+    coordinates[~known] = 0.0
+    return coordinates, known
 
 
 class Collator:
@@ -95,8 +117,9 @@ class Collator:
         *,
         num_visual_tokens: int,
         patch_size: int,
-        needs_positions: bool,
+        needs_positions: PositionsConfig | None,
     ) -> None:
+        """needs_positions: the patch coordinates that batches hold (`RoomPlanVLM.needs_positions`), None for none."""
         self.tokenizer = tokenizer
         self.data = data
         self.num_visual_tokens = num_visual_tokens
@@ -188,7 +211,8 @@ class Collator:
         grid = (size[1] // self.patch_size, size[0] // self.patch_size)
         num_views, num_patches = len(pictures), grid[0] * grid[1]
         records = torch.zeros(num_views, RECORD_WIDTH)
-        coordinates, valid = np.zeros((num_views, num_patches, 3)), np.zeros((num_views, num_patches), bool)
+        coordinates = np.zeros((num_views, num_patches, 3))
+        valid = np.zeros((num_views, num_patches), bool)
         geometry = record.get("geom_token")
         if geometry:
             poses = np.tile(np.eye(4), (num_views, 1, 1))
@@ -204,12 +228,15 @@ class Collator:
                     f"scene {record['scene_id']}: 3D positions need geom_token and depths, which this sample lacks; "
                     "set model.positions.method to base or prepare the samples with depth"
                 )
+            n_points, min_valid_share = self.needs_positions.n_points, self.needs_positions.min_valid_share
+            if n_points > 1:
+                coordinates = np.zeros((num_views, num_patches, n_points, 3))
             for v, path in enumerate(record["depths"]):
                 depth = load_depth(resolve_image(sample.root, path))
                 # depth may be stored at another size than the picture: its intrinsics are scaled, not its values
                 K_depth = K[v] if depth.shape[::-1] == stored else resize_intrinsics(K[v], stored, depth.shape[::-1])
                 points, known = unproject(depth, K_depth, poses[v])
-                coordinates[v], valid[v] = patch_mean_coordinates(points, known, grid)
+                coordinates[v], valid[v] = patch_coordinates(points, known, grid, n_points, min_valid_share)
         return ViewSet(
             torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).contiguous(),
             records,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,7 +68,9 @@ class RoomPlanTrainer(Trainer):
             seed=config.seed,
         )
         self.config, self.train_samples = config, train_samples
-        self.num_samples = self.num_tokens = 0  # since the last log
+        self.counts = {"train": Counter(), "eval": Counter()}  # since the last log
+        if settings.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         self._staging: str | None = None
         super().__init__(
             model=model,
@@ -105,10 +108,12 @@ class RoomPlanTrainer(Trainer):
         return self.optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if model.training:
-            self.num_samples += len(inputs["input_ids"])
-            self.num_tokens += int(inputs["attention_mask"].sum())
         loss = model(**inputs, num_items_in_batch=num_items_in_batch).loss
+        counts = self.counts["train" if model.training else "eval"]
+        counts["samples"] += len(inputs["input_ids"])
+        counts["tokens"] += int(inputs["attention_mask"].sum())
+        if self.model.sets_with_positions is not None:
+            counts["samples_with_positions"] += int(self.model.sets_with_positions[inputs["scene_index"]].sum())
         if not torch.isfinite(loss):
             raise ValueError(f"step {self.state.global_step + 1}: the loss is {loss.item()}; lower the learning rates")
         return (loss, None) if return_outputs else loss
@@ -193,25 +198,36 @@ class MetricsFile(TrainerCallback):
             return
         now = time.monotonic()
         entry = {"step": state.global_step, "elapsed_s": round(now - self.start_time, 2)}
+        counts, with_positions = self.trainer.counts["train" if "loss" in logs else "eval"], ""
+        if self.trainer.model.positions is not None:
+            share = round(counts["samples_with_positions"] / counts["samples"], 4)
+            with_positions = f"  3D positions {share:.0%}"
         if "loss" in logs:
             seconds = max(now - self.last_time, 1e-9)
             entry |= {"loss": logs["loss"], "grad_norm": logs["grad_norm"], "learning_rate": logs["learning_rate"]}
             entry |= {
-                "samples_per_s": round(self.trainer.num_samples / seconds, 2),
-                "tokens_per_s": round(self.trainer.num_tokens / seconds, 1),
+                "samples_per_s": round(counts["samples"] / seconds, 2),
+                "tokens_per_s": round(counts["tokens"] / seconds, 1),
             }
             rate = (state.global_step - self.start_step) / (now - self.start_time)
             eta = (self.max_steps - state.global_step) / rate
             print(
                 f"step {state.global_step:>6}/{self.max_steps}  loss {entry['loss']:.4f}  "
-                f"{entry['samples_per_s']:.1f} samples/s  {entry['tokens_per_s']:.0f} tokens/s  "
+                f"{entry['samples_per_s']:.1f} samples/s  {entry['tokens_per_s']:.0f} tokens/s{with_positions}  "
                 f"ETA {int(eta) // 60:02d}:{int(eta) % 60:02d}",
                 flush=True,
             )
         else:
             entry["eval_loss"] = logs["eval_loss"]
-            print(f"step {state.global_step:>6}/{self.max_steps}  held-out loss {entry['eval_loss']:.4f}", flush=True)
-        self.last_time, self.trainer.num_samples, self.trainer.num_tokens = time.monotonic(), 0, 0
+            print(
+                f"step {state.global_step:>6}/{self.max_steps}  held-out loss {entry['eval_loss']:.4f}{with_positions}",
+                flush=True,
+            )
+        if with_positions:
+            entry["samples_with_positions"] = share  # of 1: those of which at least one patch had coordinates
+        self.last_time = time.monotonic()
+        for counter in self.trainer.counts.values():
+            counter.clear()
         with self.path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
         for name in entry.keys() - {"step", "elapsed_s"}:
