@@ -17,21 +17,22 @@ app = typer.Typer(
 )
 
 
-prepare = typer.Typer(help="Turn downloaded scenes into samples.", no_args_is_help=True)
-app.add_typer(prepare, name="prepare")
+prepare = typer.Typer(name="prepare", help="Turn downloaded scenes into samples.", no_args_is_help=True)
+app.add_typer(prepare)
 
 
 def command(function=None, *, app: typer.Typer = app):
     """Registers a subcommand whose ValueErrors (wrong input) become one line on stderr and exit status 1."""
     if function is None:
         return partial(command, app=app)
+    group = [app.info.name] if app.info.name else []
 
     @wraps(function)
     def guarded(*args, **kwargs):
         try:
             return function(*args, **kwargs)
         except ValueError as error:
-            print(f"roomplan {function.__name__}: {error}", file=sys.stderr)
+            print(f"{' '.join(['roomplan', *group, function.__name__])}: {error}", file=sys.stderr)
             raise typer.Exit(1) from None
 
     return app.command()(guarded)
@@ -113,19 +114,21 @@ def predict(
     from roomplan_lib.evaluation.predict import predict_run
 
     config = load_run_config(params, run_name=run_name)
-    paths = predict_run(config, checkpoint, num_scenes=num_scenes, max_new_tokens=max_new_tokens, device=device)
-    for name, path in paths.items():
-        print(f"{name}: {path}")
+    print(predict_run(config, checkpoint, num_scenes=num_scenes, max_new_tokens=max_new_tokens, device=device))
 
 
 @command
-def score(params: Params, run_name: RunName = None) -> None:
+def score(
+    params: Params,
+    run_name: RunName = None,
+    predictions: Annotated[Path | None, typer.Option(help="Folder that `predict` printed; the run's for none.")] = None,
+) -> None:
     """Score a run's predictions beside their controls; writes scores.json."""
     from roomplan_lib.config import load_run_config
     from roomplan_lib.evaluation.scores import score_run
     from roomplan_lib.viz import scores_table
 
-    print(scores_table(score_run(load_run_config(params, run_name=run_name))))
+    print(scores_table(score_run(load_run_config(params, run_name=run_name), predictions)))
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ class TrainingConfig:
     num_eval_samples: int = 256  # of the held-out samples, for the validation loss
     save_every_steps: int = 100
     keep_checkpoints: int = 2
-    device: str = "auto"  # auto | cpu | cuda
+    device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -191,8 +191,10 @@ def load_run_config(path: str | Path, **overrides: Any) -> RunConfig:
     """
     try:
         data = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: cannot read the settings: {error}") from None
+    if not isinstance(data or {}, dict):
+        raise ValueError(f"{path}: expected a mapping of settings, got {type(data).__name__}")
     return parse(RunConfig, {**(data or {}), **{k: v for k, v in overrides.items() if v is not None}})
 
 

@@ -38,6 +38,20 @@ def test_validate_exits_with_the_verdict(sample_files, tmp_path):
     assert bad.exit_code == 1 and "47333462" in bad.output
 
 
+def test_unreadable_stage_files_are_one_line(tmp_path):
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00seed: 1")
+    for name, reason in (
+        ("list.yaml", "expected a mapping"),
+        ("bytes.yaml", "cannot read"),
+        ("no.yaml", "cannot read"),
+    ):
+        result = run("train", tmp_path / name)
+        assert result.exit_code == 1 and name in result.stderr and reason in result.stderr
+    result = run("prepare", "arkitscenes", "--root", tmp_path / "none", "--output", tmp_path)
+    assert result.exit_code == 1 and result.stderr.startswith("roomplan prepare arkitscenes: ")
+
+
 @pytest.mark.parametrize("name", ["train", "predict", "score"])
 def test_wrong_settings_are_one_line_and_exit_1(name, tmp_path):
     (tmp_path / "stage.yaml").write_text('training: {learning_rate: "1e-4"}\n')
@@ -53,8 +67,12 @@ def test_train_predict_score_from_the_shell(tiny_config, tmp_path):
     options = ("--num-scenes", 2, "--max-new-tokens", 3, "--device", "cpu")
     untrained = run("predict", stage, "--checkpoint", "base", *options)
     assert untrained.exit_code == 0, untrained.output
+    folder = Path(tiny_config.runs_dir) / "test" / "predictions" / "base_tokens-3"
+    assert str(folder) in untrained.output.replace("\n", "")
+    assert str(folder) in run("score", stage).stderr  # not the run's own result: it has to be named
+    assert run("score", stage, "--predictions", folder).exit_code == 0
     assert run("train", stage).exit_code == 0
-    assert run("predict", stage, *options).exit_code == 0
+    assert run("predict", stage).exit_code == 0
     result = run("score", stage)
     assert result.exit_code == 0 and "constant" in result.output and "majority" in result.output
 

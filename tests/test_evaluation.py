@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -155,31 +156,55 @@ def test_run_is_predicted_scored_and_reused(tiny_config, capsys):
     with pytest.raises(ValueError, match="no trained model"):
         find_weights(tiny_config, None)
     run_dir = train(tiny_config)
-    paths = predict_run(tiny_config)
-    assert [path.name for path in paths.values()] == [
-        "predictions.jsonl", "predictions_blind.jsonl", "predictions_shuffled.jsonl",
-    ]  # fmt: skip
+    assert predict_run(tiny_config) == run_dir
     scores = score_run(tiny_config)
     assert json.loads((run_dir / "scores.json").read_text()) == json.loads(json.dumps(scores))
     assert set(scores["anchors"]) == {"model", "blind", "shuffled", "constant"}
     assert set(scores["qa"]) == {"model", "blind", "shuffled", "majority"}
-    num_samples = sum(len(read_samples(file)) for file in tiny_config.data.eval_files)
-    rows = read_predictions(paths["model"])
-    assert len(rows) == num_samples
+    rows = read_predictions(run_dir / "predictions.jsonl")
+    assert len(rows) == sum(len(read_samples(file)) for file in tiny_config.data.eval_files)
     assert {"index", "scene_id", "question", "prediction", "reference"} <= set(rows[0])
     assert scores["anchors"]["constant"]["valid_json_rate"] == 1
+    assert scores["made_from"]["checkpoint"] == "model"
     capsys.readouterr()
     predict_run(tiny_config)
     assert capsys.readouterr().out.count("reused") == 3
-    predict_run(tiny_config, "base", num_scenes=1)  # other weights, other samples: made again
-    assert len({row["scene_id"] for row in read_predictions(paths["model"])}) == 1
-    paths["model"].write_text(paths["model"].read_text()[:-30])
-    with pytest.raises(ValueError, match=r"predictions.jsonl:\d+"):
+
+
+def test_other_weights_and_settings_leave_the_runs_results_alone(tiny_config):
+    run_dir = train(tiny_config)
+    predict_run(tiny_config)
+    score_run(tiny_config)
+    before = {path.name: path.read_bytes() for path in run_dir.glob("*.json*")}
+    folder = predict_run(tiny_config, "base", num_scenes=1)
+    assert folder == run_dir / "predictions" / "base_scenes-1"
+    assert len({row["scene_id"] for row in read_predictions(folder / "predictions.jsonl")}) == 1
+    assert score_run(tiny_config, folder)["made_from"]["checkpoint"] == "base"
+    assert {path.name: path.read_bytes() for path in run_dir.glob("*.json*")} == before
+    shutil.copy(folder / "predictions_blind.jsonl", run_dir)
+    shutil.copy(folder / "predictions_blind.manifest.json", run_dir)
+    with pytest.raises(ValueError, match="predictions_blind.jsonl was made from other weights"):
         score_run(tiny_config)
+    with pytest.raises(ValueError, match="no model here"):
+        predict_run(tiny_config, run_dir / "nowhere")
+    with pytest.raises(ValueError, match="device: expected auto, cpu or cuda, got 'gqu'"):
+        predict_run(tiny_config, device="gqu")
+
+
+def test_damaged_predictions_are_named_and_made_again(tiny_config):
+    path = train(tiny_config) / "predictions.jsonl"
+    predict_run(tiny_config)
+    whole = path.read_text()
+    path.write_text(whole[:-30])
+    with pytest.raises(ValueError, match=r"predictions.jsonl:\d+.*predict again"):
+        score_run(tiny_config)
+    predict_run(tiny_config)
+    assert path.read_text() == whole
 
 
 def test_settings_of_the_run_choose_the_controls(tiny_config):
     config = dataclasses.replace(tiny_config, prediction=dataclasses.replace(tiny_config.prediction, controls=()))
     train(config)
-    assert list(predict_run(config, num_scenes=1)) == ["model"]
+    folder = predict_run(config)
+    assert [path.name for path in folder.glob("predictions*.jsonl")] == ["predictions.jsonl"]
     assert set(score_run(config)["anchors"]) == {"model", "constant"}

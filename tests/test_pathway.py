@@ -9,8 +9,9 @@ import pytest
 from roomplan_lib.config import load_run_config
 from roomplan_lib.evaluation.predict import predict
 from roomplan_lib.evaluation.scores import anchor_error, score_answers
+from roomplan_lib.samples import anchors, qa
 from roomplan_lib.samples.prepare import prepare_arkitscenes
-from roomplan_lib.samples.targets import scene_action
+from roomplan_lib.samples.targets import response_text
 from roomplan_lib.scenes.rooms import write_rooms
 from roomplan_lib.training.collator import load_samples
 from roomplan_lib.training.run import load_model_folder, make_collator, train
@@ -21,13 +22,21 @@ NUM_ROOMS, NUM_STEPS = 8, 450
 
 
 @pytest.mark.slow
-def test_eight_rooms_are_learned_by_heart_through_their_views(tmp_path):
+def test_eight_rooms_are_learned_by_heart_through_their_views(tmp_path, monkeypatch):
     """90 % of the anchors within 10 cm and 95 % of the answers right; not so with another room's views or none.
 
-    About six minutes on two cores; the tiny stage file with a larger batch.
+    About six minutes on two cores; the tiny stage file with a larger batch. Each kind of question has one wording, so
+    that the choice of words cannot tell the rooms apart.
     """
+    wordings = {
+        anchors: ("TEMPLATES", "NEAREST"),
+        qa: ("EXISTENCE", "COUNT", "COLOR", "NEAREST", "DISTANCE", "SITUATION", "LEFT_OR_RIGHT"),
+    }
+    for module, names in wordings.items():
+        for name in names:
+            monkeypatch.setattr(module, name, getattr(module, name)[:1])
     write_rooms(tmp_path / "rooms", NUM_ROOMS + 2, seed=0, progress=False)  # every fifth is for validation
-    files = prepare_arkitscenes(tmp_path / "rooms", tmp_path, split="train", progress=False)
+    files = prepare_arkitscenes(tmp_path / "rooms", tmp_path, split="train", workers=1, progress=False)
     config = load_run_config(PROJECT / "papermill_runs" / "params" / "tiny.yaml")
     config = dataclasses.replace(
         config,
@@ -44,22 +53,29 @@ def test_eight_rooms_are_learned_by_heart_through_their_views(tmp_path):
     assert len({sample.record["scene_id"] for sample in samples}) == NUM_ROOMS
 
     # The words alone tell where the only bathtub of the eight rooms stands; only views tell where the chair is.
-    homes = {}
+    meanings = {}
     for sample in samples:
-        if "action_json" in sample.record:
-            homes.setdefault(scene_action(sample.record).category, set()).add(sample.record["scene_id"])
-    near, near_shared, answered = {}, {}, {}
+        meanings.setdefault(words(sample.record), set()).add(response_text(sample.record))
+    near, near_shared, answered, answered_shared = {}, {}, {}, {}
     for control in ("model", "shuffled", "blind"):
         rows = predict(model, tokenizer, collator, samples, control=control, progress=False)
-        anchors = [row for row in rows if "reference_action" in row]
-        shared = [row for row in anchors if len(homes[row["reference_action"]["category"]]) >= 3]
-        near[control], near_shared[control] = share_near(anchors), share_near(shared)
-        answered[control] = score_answers([row for row in rows if "reference_action" not in row])["em"]
-    print(json.dumps({"within 10 cm": near, "same, categories in several rooms": near_shared, "answers": answered}))
+        kinds = [[r for r in rows if ("reference_action" in r) == placing] for placing in (True, False)]
+        shared = [[row for row in part if len(meanings[words(row)]) > 1] for part in kinds]
+        assert min(map(len, shared)) >= 15
+        near[control], near_shared[control] = share_near(kinds[0]), share_near(shared[0])
+        answered[control], answered_shared[control] = (score_answers(p[1])["em"] for p in (kinds, shared))
+    print(json.dumps({"within 10 cm": near, "answers": answered}))
+    print(json.dumps({"same, words of several rooms": near_shared, "answers": answered_shared}))
     assert near["model"] >= 0.9 and answered["model"] >= 0.95
     assert max(near["shuffled"], near["blind"]) <= 0.5
-    assert max(near_shared["shuffled"], near_shared["blind"]) <= 0.25
+    assert max(near_shared["shuffled"], near_shared["blind"]) <= 0.2
     assert max(answered["shuffled"], answered["blind"]) <= 0.8
+    assert max(answered_shared["shuffled"], answered_shared["blind"]) <= 0.6
+
+
+def words(record):
+    """What is asked, without the views."""
+    return record.get("situation"), record.get("question") or record["instruction"]
 
 
 def share_near(rows):

@@ -15,7 +15,7 @@ from roomplan_lib.samples import read_manifest, read_samples, sample_root
 from roomplan_lib.training.collator import Sample, load_samples
 from roomplan_lib.training.run import load_model_folder, make_collator, make_model, make_tokenizer, train
 from roomplan_lib.training.sampler import GroupedBatchSampler
-from roomplan_lib.training.trainer import RoomPlanTrainer, list_checkpoints, read_metrics
+from roomplan_lib.training.trainer import RoomPlanTrainer, list_checkpoints, parameter_groups, read_metrics
 
 
 def losses(run_dir):
@@ -77,6 +77,8 @@ def test_interrupted_run_repeats_the_uninterrupted_losses(tiny_config, tmp_path,
     assert list(losses(config.run_dir)) == [1, 2, 3, 4]  # steps 3 and 4 are to be done again
     train(config)
     assert losses(config.run_dir) == losses(whole)
+    elapsed = [entry["elapsed_s"] for entry in read_metrics(config.run_dir / "metrics.jsonl")]
+    assert elapsed == sorted(elapsed)
     models = [load_model_folder(path / "model")[0].state_dict() for path in (whole, config.run_dir)]
     assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
     assert not list((config.run_dir / "checkpoints").glob(".partial*"))
@@ -121,11 +123,19 @@ def test_accumulation_equals_one_large_batch(tiny_config, tmp_path):
 
 
 def test_nothing_to_train_is_an_error(tiny_config):
-    language_model = dataclasses.replace(tiny_config.model.language_model, freeze=True)
-    geometry = dataclasses.replace(tiny_config.model.geometry, num_tokens=0)
-    model = dataclasses.replace(tiny_config.model, freeze_vggt=True, language_model=language_model, geometry=geometry)
-    trained = train(dataclasses.replace(tiny_config, model=model))  # the resampler still learns
-    assert (trained / "model").is_dir()
+    tokenizer = make_tokenizer(tiny_config, load_samples(tiny_config.data.train_paths))
+    model = make_model(tiny_config, tokenizer)
+    assert parameter_groups(model, tiny_config)
+    with pytest.raises(ValueError, match="nothing to train"):
+        parameter_groups(model.requires_grad_(False), tiny_config)
+
+
+def test_a_device_that_is_not_there_is_an_error(tiny_config):
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="finds no CUDA device"):
+            train(with_training(tiny_config, device="cuda"))
+    with pytest.raises(ValueError, match=r"training.device: expected one of auto, cpu, cuda, got 'gqu'"):
+        parse(type(tiny_config), {"training": {"device": "gqu"}})
 
 
 # ---------------------------------------------------------------------------- order of samples

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from bisect import bisect_right
@@ -15,14 +14,14 @@ from transformers import PreTrainedTokenizerBase
 
 from roomplan_lib.actions import ActionError, parse_action
 from roomplan_lib.config import RunConfig
-from roomplan_lib.evaluation import CONTROLS, predictions_file
+from roomplan_lib.evaluation import CONTROLS, manifest_file, predictions_file, read_manifest
 from roomplan_lib.files import file_hash, write_whole
 from roomplan_lib.geometry import invert_pose
 from roomplan_lib.model.vlm import RoomPlanVLM
 from roomplan_lib.samples.targets import response_text, sample_world_to_reference, scene_action
 from roomplan_lib.training.collator import Collator, Sample, load_samples
 from roomplan_lib.training.run import load_model_folder, make_collator, make_model, make_tokenizer, open_run
-from roomplan_lib.training.trainer import list_checkpoints
+from roomplan_lib.training.trainer import list_checkpoints, resolve_device
 
 BATCH_KEYS = ("input_ids", "attention_mask", "scene_index")
 
@@ -34,43 +33,46 @@ def predict_run(
     num_scenes: int | None = None,
     max_new_tokens: int | None = None,
     device: str | None = None,
-) -> dict[str, Path]:
-    """Predictions of a run on its `data.eval_files`: predictions.jsonl and predictions_<control>.jsonl in its folder.
+) -> Path:
+    """Predictions of a run on its `data.eval_files`: predictions.jsonl and predictions_<control>.jsonl in one folder.
 
     checkpoint: a model folder or checkpoint; "base" = the model before training (random or pretrained base weights);
     None = the run's trained model, else its newest checkpoint. The other arguments override the config's.
+    The folder is the run's own; with a checkpoint or other settings than the config's it is one below
+    `predictions/` that is named after them, so that nothing passes for the run's result that is not.
     Files made by the same weights from the same samples and settings are reused.
-    Raises ValueError when there is nothing to load.
+    Raises ValueError when there is nothing to load or the device is not there.
     """
     settings = config.prediction
+    folder = predictions_folder(config, checkpoint, num_scenes, max_new_tokens)
     num_scenes = settings.num_scenes if num_scenes is None else num_scenes
     max_new_tokens = max_new_tokens or settings.max_new_tokens
-    device = device or config.training.device
-    device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = resolve_device(device or config.training.device)
     if not config.data.eval_paths:
         raise ValueError("data.eval_files is empty; name the files of held-out samples to predict on")
     pool = load_samples(config.data.eval_paths)
     samples = first_scenes(pool, num_scenes)
-    folder = find_weights(config, checkpoint)
+    weights = find_weights(config, checkpoint)
     if not (config.run_dir / "run.yaml").is_file():
         open_run(config)
+    source = weights / "model.safetensors" if weights else config.run_dir / "run.yaml"
     fingerprint = {
-        "weights": file_hash(folder / "model.safetensors") if folder else "base",
-        "settings": hashlib.sha256((config.run_dir / "run.yaml").read_bytes()).hexdigest() if not folder else None,
+        "checkpoint": weights.name if weights else "base",
+        "weights": file_hash(source),
         "samples": [[str(file), file_hash(file)] for file in config.data.eval_paths],
         "num_scenes": num_scenes,
         "max_new_tokens": max_new_tokens,
     }
-    paths = {name: predictions_file(config.run_dir, name) for name in ("model", *settings.controls)}
-    made = {name: path for name, path in paths.items() if _manifest(path) != fingerprint}
+    paths = {name: predictions_file(folder, name) for name in ("model", *settings.controls)}
+    made = {name: path for name, path in paths.items() if not is_current(path, fingerprint)}
     if made:
-        if folder:
-            model, tokenizer = load_model_folder(folder)
+        if weights:
+            model, tokenizer = load_model_folder(weights)
         else:
             tokenizer = make_tokenizer(config, load_samples(config.data.train_paths))
             model = make_model(config, tokenizer)
         model.to(device).eval()
-        collator = make_collator(model, tokenizer, config.data if folder is None else None)
+        collator = make_collator(model, tokenizer, config.data if weights is None else None)
     for name, path in made.items():
         rows = predict(
             model,
@@ -83,10 +85,27 @@ def predict_run(
             batch_size=settings.batch_size,
         )
         write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
-        write_whole(_manifest_path(path), json.dumps(fingerprint, indent=1) + "\n")
+        manifest = {"sha256": file_hash(path), "made_from": fingerprint}
+        write_whole(manifest_file(path), json.dumps(manifest, indent=1) + "\n")
     for name in paths.keys() - made.keys():
         print(f"{paths[name]}: same weights, samples and settings, reused")
-    return paths
+    return folder
+
+
+def predictions_folder(
+    config: RunConfig, checkpoint: str | Path | None, num_scenes: int | None, max_new_tokens: int | None
+) -> Path:
+    """Where `predict_run` puts its files for these arguments."""
+    parts = [Path(checkpoint).name] if checkpoint else []
+    parts += [f"scenes-{num_scenes}"] if num_scenes not in (None, config.prediction.num_scenes) else []
+    parts += [f"tokens-{max_new_tokens}"] if max_new_tokens not in (None, config.prediction.max_new_tokens) else []
+    return config.run_dir / "predictions" / "_".join(parts) if parts else config.run_dir
+
+
+def is_current(path: Path, fingerprint: dict) -> bool:
+    """Whether the predictions at `path` are whole and were made from this."""
+    manifest = read_manifest(path)
+    return manifest is not None and manifest == {"sha256": file_hash(path), "made_from": fingerprint}
 
 
 def predict(
@@ -167,6 +186,8 @@ def find_weights(config: RunConfig, checkpoint: str | Path | None) -> Path | Non
     if checkpoint == "base":
         return None
     if checkpoint is not None:
+        if not (Path(checkpoint) / "model.safetensors").is_file():
+            raise ValueError(f"{checkpoint}: no model here, model.safetensors is missing")
         return Path(checkpoint)
     trained = config.run_dir / "model"
     candidates = [trained] if trained.is_dir() else list_checkpoints(config.run_dir / "checkpoints")[-1:]
@@ -204,12 +225,3 @@ def _row(index: int, record: dict, text: str) -> dict:
             row["action"] = asdict(action.transformed(reference_to_world).bound(record["scene_id"]))
         row["reference_action"] = asdict(scene_action(record))
     return row | {"view_ids": record.get("view_ids")}
-
-
-def _manifest_path(path: Path) -> Path:
-    return path.with_suffix(".manifest.json")
-
-
-def _manifest(path: Path) -> dict | None:
-    manifest = _manifest_path(path)
-    return json.loads(manifest.read_text()) if path.is_file() and manifest.is_file() else None

@@ -12,7 +12,7 @@ import numpy as np
 
 from roomplan_lib.actions import ActionError, PlaceAnchor, anchor_from_box, format_action, parse_action
 from roomplan_lib.config import RunConfig
-from roomplan_lib.evaluation import CONTROLS, predictions_file
+from roomplan_lib.evaluation import CONTROLS, predictions_file, read_manifest
 from roomplan_lib.files import write_whole
 from roomplan_lib.geometry import OrientedBox, box_iou_3d, rotation_z
 from roomplan_lib.samples import read_samples
@@ -25,17 +25,29 @@ PROTOCOLS = {
 NUM_BOOTSTRAP = 1000
 
 
-def score_run(config: RunConfig) -> dict:
-    """Scores of a run's prediction files and of two controls made from its training answers; writes scores.json.
+def score_run(config: RunConfig, folder: Path | None = None) -> dict:
+    """Scores of prediction files and of two controls made from the run's training answers; writes scores.json.
 
+    folder: where the predictions are, the run's own for None; scores.json goes there too.
     anchors: model, blind, shuffled, and constant (the median training box of the category asked for, reference frame).
     qa: model, blind, shuffled, and majority (the most frequent training answer to that kind of question).
-    Raises ValueError when there is no predictions.jsonl.
+    made_from: weights, samples and settings of the predictions. Raises ValueError when there is no predictions.jsonl,
+    or when its controls were made from other weights, samples or settings.
     """
-    files = {name: predictions_file(config.run_dir, name) for name in CONTROLS}
+    folder = folder or config.run_dir
+    files = {name: predictions_file(folder, name) for name in CONTROLS}
     if not files["model"].is_file():
-        raise ValueError(f"{files['model']} is missing; predict the run first")
-    rows = {name: read_predictions(path) for name, path in files.items() if path.is_file()}
+        others = sorted(str(path.parent) for path in (config.run_dir / "predictions").glob("*/predictions.jsonl"))
+        advice = f"; there are predictions in {', '.join(others)}" if others else ""
+        raise ValueError(f"{files['model']} is missing; predict the run first{advice}")
+    manifests = {name: read_manifest(path) for name, path in files.items() if path.is_file()}
+    made_from = {name: manifest and manifest["made_from"] for name, manifest in manifests.items()}
+    for name in made_from:
+        if made_from[name] != made_from["model"]:
+            raise ValueError(
+                f"{files[name]} was made from other weights or settings than {files['model']}; predict again"
+            )
+    rows = {name: read_predictions(files[name]) for name in manifests}
     train = [record for file in config.data.train_paths for record in read_samples(file)]
     anchors = {name: [r for r in part if "reference_action" in r] for name, part in rows.items()}
     answers = {name: [r for r in part if "reference_action" not in r] for name, part in rows.items()}
@@ -45,8 +57,9 @@ def score_run(config: RunConfig) -> dict:
         "anchors": {name: score_anchors(part) for name, part in anchors.items() if part},
         "qa": {name: score_answers(part) for name, part in answers.items() if part},
         "protocols": PROTOCOLS,
+        "made_from": made_from["model"],
     }
-    write_whole(config.run_dir / "scores.json", json.dumps(scores, indent=1) + "\n")
+    write_whole(folder / "scores.json", json.dumps(scores, indent=1) + "\n")
     return scores
 
 

@@ -38,7 +38,7 @@ class RoomPlanTrainer(Trainer):
     ) -> None:
         settings = config.training
         evaluate = bool(settings.eval_every_steps and eval_samples)
-        device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        device = resolve_device(settings.device)
         arguments = TrainingArguments(
             output_dir=str(config.run_dir / "checkpoints"),
             num_train_epochs=1,  # the sampler's one pass is the whole run
@@ -171,6 +171,15 @@ def parameter_groups(model: RoomPlanVLM, config: RunConfig) -> list[dict]:
     return groups
 
 
+def resolve_device(name: str) -> str:
+    """cpu or cuda for auto, cpu or cuda. ValueError for another name, or for cuda where there is none."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device: expected auto, cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: cuda is asked for, but torch finds no CUDA device; use cpu or auto")
+    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
     found = [path for path in folder.glob("checkpoint-*") if (path / CHECKPOINT_MARK).is_file()]
@@ -190,6 +199,7 @@ class MetricsFile(TrainerCallback):
         if state.is_world_process_zero:
             write_whole(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
             self.board = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=state.global_step + 1)
+        self.earlier = kept[-1]["elapsed_s"] if kept else 0.0  # seconds that the run took before it was stopped
         self.start_step, self.start_time = state.global_step, time.monotonic()
         self.last_time = self.start_time
 
@@ -197,7 +207,7 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero or not {"loss", "eval_loss"} & set(logs):
             return
         now = time.monotonic()
-        entry = {"step": state.global_step, "elapsed_s": round(now - self.start_time, 2)}
+        entry = {"step": state.global_step, "elapsed_s": round(self.earlier + now - self.start_time, 2)}
         counts, with_positions = self.trainer.counts["train" if "loss" in logs else "eval"], ""
         if self.trainer.model.positions is not None:
             share = round(counts["samples_with_positions"] / counts["samples"], 4)
