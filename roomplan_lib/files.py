@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
-def write_whole(path: str | Path, text: str) -> None:
-    """Writes `text` under a temporary name and renames it, so that a reader never sees half a file."""
+@contextmanager
+def new_file(path: str | Path) -> Iterator[BinaryIO]:
+    """A file open for writing bytes, with a temporary name until the block ends well; else nothing is left of it.
+
+    A reader therefore never sees half a file. Missing parent folders are made.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text)
+        with temporary.open("wb") as file:
+            yield file
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Write `text` as UTF-8 by `new_file`."""
+    with new_file(path) as file:
+        file.write(text.encode())
 
 
 def file_hash(path: str | Path) -> str:

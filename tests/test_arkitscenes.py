@@ -196,6 +196,18 @@ FAULTS = {
         lambda d: frame(d, "lowres_wide").unlink(),
         "lowres_wide/42444499_1000.300.png: picture of a posed depth is missing; fetch the scene again",
     ),
+    "picture and depth missing": (
+        lambda d: (frame(d, "lowres_depth").unlink(), frame(d, "lowres_wide").unlink()),
+        "lowres_wide/42444499_1000.300.png: picture of posed intrinsics is missing; fetch the scene again",
+    ),
+    "picture of another size": (
+        lambda d: Image.new("RGB", (128, 96)).save(frames_dir(d) / "lowres_wide" / f"{NAME}_1000.000.png"),
+        "1000.000.png: the picture has 128x96 pixels, its .pincam is for 64x48; fetch",
+    ),
+    "first picture is none": (
+        lambda d: (frames_dir(d) / "lowres_wide" / f"{NAME}_1000.000.png").write_bytes(b"x"),
+        "1000.000.png: cannot read the picture",
+    ),
     "picture of another scene": (
         lambda d: frame(d, "lowres_wide").rename(frames_dir(d) / "lowres_wide" / "41048190_1000.300.png"),
         "41048190_1000.300.png: expected the name 42444499_",

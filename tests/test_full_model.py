@@ -1005,8 +1005,10 @@ def test_long_text_before_the_views(tmp_path):
 
 def test_partial_geometry_is_named(tmp_path):
     geometry = {"t": [[0.0] * 3], "K": [[1.0, 0, 0, 0, 1, 0, 0, 0, 1]]}
-    with pytest.raises(ValueError, match=r"scene0000_00: geom_token lacks \['R', 'depth_hist'\]"):
-        collate(train_tokenizer([], 300), make(), tmp_path, [{"question": "?", "answer": "a", "geom_token": geometry}])
+    record = {"images": ["a.png"], "geom_token": geometry, "task": "qa", "scene_id": "scene0000_00"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(record | {"question": "?", "answer": "a"}))
+    with pytest.raises(ValueError, match=r"a.jsonl:1: geom_token.R: expected \[1, 9\] finite numbers"):
+        load_samples([tmp_path / "a.jsonl"])
 
 
 # ---------------------------------------------------------------------------- a whole run with pretrained parts
@@ -1042,5 +1044,5 @@ def test_a_run_with_pretrained_parts(tiny_config, pretrained, tmp_path):
     train(config)
     resumed = [entry["loss"] for entry in read_metrics(run_dir / "metrics.jsonl") if "loss" in entry]
     assert resumed == pytest.approx(losses, rel=1e-6)
-    paths = predict_run(config, num_scenes=1, max_new_tokens=3)
-    assert len(paths["model"].read_text().splitlines()) > 0
+    folder = predict_run(config, num_scenes=1, max_new_tokens=3)
+    assert len((folder / "predictions.jsonl").read_text().splitlines()) > 0

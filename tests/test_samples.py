@@ -3,18 +3,21 @@ import itertools
 import json
 import re
 from collections import Counter, defaultdict
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from scene_files import SIZE, K, box, ray_depth, walk, write_scene
-from shapely.geometry import Polygon
+from shapely.geometry import Point, Polygon
 
 from roomplan_lib.geometry import OrientedBox, box_corners, points_in_box, project, rotation_z, unproject
 from roomplan_lib.samples import (
     DEPTH_BIN_EDGES,
     box_from_record,
     box_record,
+    check_record,
     depth_histogram,
     manifest_path,
     read_manifest,
@@ -26,7 +29,7 @@ from roomplan_lib.samples import (
 from roomplan_lib.samples.anchors import build_anchors, place_anchor_action
 from roomplan_lib.samples.describe import category_text, footprint_gap, plural, unique_phrases, upright, with_article
 from roomplan_lib.samples.prepare import prepare_arkitscenes
-from roomplan_lib.samples.qa import MAX_PER_TASK, build_qa
+from roomplan_lib.samples.qa import MAX_PER_TASK, build_qa, clear_sides, standing_places
 from roomplan_lib.samples.validate import summarise, validate_file
 from roomplan_lib.samples.views import (
     choose_views,
@@ -441,6 +444,35 @@ def test_left_and_right_by_hand():
     assert found == {"sofa": "right", "chair": "left"}
 
 
+def test_side_holds_all_around():
+    """Standing anywhere within the reach of an object, by shapely's rings of another density."""
+    count = 0
+    for seed in range(60):
+        boxes = [item for item in random_scene(seed).boxes if upright(item) is not None]
+        for by, faced, thing in itertools.permutations(boxes, 3):
+            answers = clear_sides(by, faced, thing)
+            outline = Polygon(box_corners(by)[[0, 2, 6, 4], :2])
+            for distance in (0.2, 0.4, 0.6) if answers else ():
+                ring = outline.buffer(distance).exterior
+                places = np.array([ring.interpolate(u, normalized=True).coords[0] for u in np.linspace(0, 1, 30)])
+                ahead, there = faced.center[:2] - places, thing.center[:2] - places
+                left = ahead[:, 0] * there[:, 1] - ahead[:, 1] * there[:, 0] > 0
+                front = (ahead * there).sum(1) > 0
+                holds = {"left": left, "right": ~left, "in front": front, "behind": ~front}
+                assert all(holds[answer].all() for answer in answers), (seed, answers)
+                count += 1
+    assert count > 300
+
+
+def test_standing_places():
+    item = box("bed", 1.0, -2.0, 0.7, (2.0, 1.5, 0.6))
+    outline = Polygon(box_corners(item)[[0, 2, 6, 4], :2])
+    places = standing_places(item)
+    gaps = np.array([outline.distance(Point(place)) for place in places])
+    assert np.allclose(places[0], [1, -2]) and np.allclose(gaps[1:25], 0.2) and np.allclose(gaps[25:], 0.6)
+    assert len(places) == 49 and len(np.unique(places.round(9), axis=0)) == 49
+
+
 def test_hidden_objects_are_not_asked_for():
     scene = scene_of(FURNITURE, COLORS)
     seen = all_seen(scene)
@@ -529,6 +561,19 @@ def test_broken_scenes_are_all_listed(raw):
     assert "traj" in read_manifest(files["qa_train"])["left_out"]["42444499"]
 
 
+@pytest.mark.parametrize("fault", ["truncated", "size"])
+def test_chosen_pictures_are_decoded(raw, fault):
+    scene_dir = raw / "Training" / "42444499"
+    for path in sorted((scene_dir / "lowres_wide").iterdir())[1:]:
+        if fault == "truncated":
+            path.write_bytes(path.read_bytes()[:-60])
+        else:
+            Image.new("RGB", (128, 96)).save(path)
+    words = "cannot read the picture" if fault == "truncated" else "has 128x96 pixels, its .pincam is for 64x48; fetch"
+    with pytest.raises(ValueError, match=f"42444499_1000.*png: .*{words}"):
+        prepare(raw)
+
+
 def test_skipped_scenes_are_left_out(raw):
     path = raw / "Training" / "42444499" / "42444499_3dod_annotation.json"
     path.write_text(path.read_text().replace('"skipped": false', '"skipped": true'))
@@ -580,6 +625,11 @@ def set_action(record, **values):
     record["action_json"] = json.dumps({**json.loads(record["action_json"]), **values})
 
 
+def other_view(record: dict, key: str) -> str:
+    """A picture of the record's scene that the record does not show."""
+    return next(name for i in range(8) if (name := re.sub(r"1000\.\d", f"1000.{i}", record[key][0])) not in record[key])
+
+
 def other_scene(text: str) -> str:
     return text.replace("42444499", "42444500")
 
@@ -590,8 +640,8 @@ PLANTED = {
     "no answer": (lambda r: r[1].pop("action_json"), 2, "instruction and action_json"),
     "question and instruction": (lambda r: r[1].update(question="Is it?", answer="yes"), 2, "one of the two"),
     "wrong shape": (lambda r: r[1]["geom_token"]["t"].pop(), 2, r"geom_token.t: expected \[4, 3\]"),
-    "ragged": (lambda r: r[1]["geom_token"]["R"][0].pop(), 2, "geom_token.R: missing or not"),
-    "null in the pose": (lambda r: set_in(r[1], ["geom_token", "t", 0, 0], None), 2, "with NaN or infinity"),
+    "ragged": (lambda r: r[1]["geom_token"]["R"][0].pop(), 2, r"geom_token.R: expected \[4, 9\] finite"),
+    "null in the pose": (lambda r: set_in(r[1], ["geom_token", "t", 0, 0], None), 2, "geom_token.t: .* finite numbers"),
     "no rotation": (lambda r: set_in(r[1], ["geom_token", "R", 2], [1, 0, 0, 0, 1, 0, 0, 0, -1]), 2, "R of view 2"),
     "no camera": (lambda r: set_in(r[1], ["geom_token", "K", 1, 0], 0), 2, "K of view 1 is no camera"),
     "K of a larger picture": (
@@ -601,9 +651,9 @@ PLANTED = {
     ),
     "histogram": (lambda r: set_in(r[1], ["geom_token", "depth_hist", 0], [0.2] * 16), 2, "depth_hist of view 0"),
     "picture missing": (
-        lambda r: set_in(r[1], ["images", 0], r[1]["images"][0].replace("1000", "1077")),
+        lambda r: set_in(r[1], ["images", 0], r[1]["images"][0].replace("lowres", "highres")),
         2,
-        "1077.* is missing below",
+        "highres_wide.*picture is missing",
     ),
     "picture climbs out": (
         lambda r: set_in(r[1], ["images", 0], "../raw/" + r[1]["images"][0]),
@@ -615,11 +665,15 @@ PLANTED = {
         2,
         "shows another scene than 42444499",
     ),
-    "picture twice": (lambda r: set_in(r[1], ["images", 0], r[1]["images"][1]), 2, "is shown twice"),
-    "depth missing": (
-        lambda r: set_in(r[1], ["depths", 0], r[1]["depths"][0].replace("1000", "1077")),
+    "picture twice": (
+        lambda r: r[1].pop("view_ids") and set_in(r[1], ["images", 0], r[1]["images"][1]),
         2,
-        "depth: .* is missing below",
+        "is shown twice",
+    ),
+    "depth missing": (
+        lambda r: set_in(r[1], ["depths", 0], r[1]["depths"][0].replace("lowres", "highres")),
+        2,
+        "depth: .*highres_depth.*picture is missing",
     ),
     "depths too few": (lambda r: r[1]["depths"].pop(), 2, "depths: expected 4 paths"),
     "same question_id": (lambda r: r[1].update(question_id=r[0]["question_id"]), 2, "also that of record 1"),
@@ -630,18 +684,70 @@ PLANTED = {
         2,
         "views without parallax",
     ),
-    "action is no JSON": (lambda r: r[1].update(action_json='{"action": "place'), 2, "action_json is no JSON"),
-    "action is a list": (lambda r: r[1].update(action_json="[]"), 2, "action_json is no JSON"),
+    "action is no JSON": (lambda r: r[1].update(action_json='{"action": "place'), 2, "action_json: no JSON"),
+    "action is a list": (lambda r: r[1].update(action_json="[]"), 2, "expected a JSON object"),
     "action of another scene": (lambda r: set_action(r[1], scene="42444500"), 2, "about scene '42444500'"),
-    "action of an unknown category": (lambda r: set_action(r[1], category="lamp"), 2, "action_json.category"),
-    "action without center": (lambda r: set_action(r[1], center=None), 2, "action_json.center: expected 3"),
-    "action with a flat center": (lambda r: set_action(r[1], center=[1, 2]), 2, "action_json.center: expected 3"),
+    "action of an unknown category": (lambda r: set_action(r[1], category="lamp"), 2, "action_json: category"),
+    "action without center": (lambda r: set_action(r[1], center=None), 2, "center: expected three numbers"),
+    "action with a flat center": (lambda r: set_action(r[1], center=[1, 2]), 2, "center: expected three numbers"),
     "action elsewhere": (lambda r: set_action(r[1], center=[9, 9, 9]), 2, "center of none of the record's boxes"),
-    "long normal": (lambda r: set_action(r[1], normal=[1, 1, 0]), 2, "expected a unit vector"),
-    "negative extent": (lambda r: set_action(r[1], extent=[1, -1, 1]), 2, "action_json.extent"),
+    "long normal": (lambda r: set_action(r[1], normal=[1, 1, 0]), 2, "not a unit vector"),
+    "negative extent": (lambda r: set_action(r[1], extent=[1, -1, 1]), 2, "side lengths must be positive"),
     "box of no size": (lambda r: set_in(r[1], ["boxes", 0, "extent", 0], 0), 2, r"boxes\[0\]: extent"),
     "box without rotation": (lambda r: r[1]["boxes"][0].pop("rotation"), 2, r"boxes\[0\]: box of a record"),
     "box that is no rotation": (lambda r: set_in(r[1], ["boxes", 0, "rotation", 0], 3), 2, "expected a rotation"),
+    "unknown action": (lambda r: set_action(r[1], action="teleport"), 2, 'action_json: expected "action"'),
+    "action with a key too many": (lambda r: set_action(r[1], confidence=1), 2, "unknown keys .*confidence"),
+    "action with a key twice": (
+        lambda r: r[1].update(action_json=r[1]["action_json"][:-1] + ', "category": "bed"}'),
+        2,
+        "a key stands twice",
+    ),
+    "numbers as text": (lambda r: set_action(r[1], extent=["1", "1", "1"]), 2, "extent: expected three numbers"),
+    "numbers as booleans": (lambda r: set_action(r[1], extent=[True, 1, 1]), 2, "extent: expected three numbers"),
+    "action without category": (lambda r: set_action(r[1], category=""), 2, "category is missing"),
+    "category of another box": (lambda r: set_action(r[1], category="fireplace"), 2, "its box's label"),
+    "extent of another box": (lambda r: set_action(r[1], extent=[3, 3, 3]), 2, "extent .* is not that of its box"),
+    "turned normal": (lambda r: set_action(r[1], normal=[0, 1, 0]), 2, "turned by .* degrees"),
+    "upright normal": (lambda r: set_action(r[1], normal=[0, 0, 1]), 2, "not horizontal"),
+    "target far away": (
+        lambda r: set_action(r[1], center=[200, 0, 0]) or set_in(r[1], ["boxes", 0, "center"], [200, 0, 0]),
+        2,
+        "m from the nearest camera",
+    ),
+    "object_ids of other boxes": (lambda r: r[1].update(object_ids=["x"]), 2, "object_ids .* not those of the boxes"),
+    "action without geometry": (lambda r: r[1].update(geom_token=None), 2, "target is in an unknown frame"),
+    "K of far too long a lens": (
+        lambda r: set_in(r[1], ["geom_token", "K", 1], [5500, 0, 31.5, 0, 5500, 23.5, 0, 0, 1]),
+        2,
+        "K of view 1 does not fit its picture of .* focal lengths 5500",
+    ),
+    "histogram of another picture": (
+        lambda r: set_in(r[1], ["geom_token", "depth_hist", 0], [1.0] + [0.0] * 15),
+        2,
+        "depth_hist of view 0 is not that of its depth picture",
+    ),
+    "picture of another view": (
+        lambda r: set_in(r[1], ["images", 0], other_view(r[1], "images")),
+        2,
+        r"picture .* is not that of view_ids\[0\]",
+    ),
+    "depth that is a picture": (
+        lambda r: set_in(r[1], ["depths", 0], r[1]["images"][0]),
+        2,
+        "depth: .* expected a 16-bit depth image",
+    ),
+    "numbers of geometry as text": (
+        lambda r: set_in(r[1], ["geom_token", "t", 0, 0], "1.0"),
+        2,
+        "geom_token.t: .* finite numbers",
+    ),
+    "unknown split": (lambda r: r[1].update(split="valid"), 2, "split: expected one of .* got 'valid'"),
+    "ambiguous but for case and spaces": (
+        lambda r: r[1].update(instruction=" " + r[0]["instruction"].upper().replace(" ", "  ")),
+        2,
+        "ambiguous: record 1 asks the same",
+    ),
 }
 
 
@@ -666,9 +772,80 @@ def test_planted_fault_is_found(good, tmp_path, name):
 def test_good_records_have_no_fault(good, tmp_path):
     path = replanted(good, tmp_path, read_samples(good["anchors_train"]))
     assert validate_file(path) == [] and "no faults" in summarise(path, [])
-    records = read_samples(path)
-    records[0]["geom_token"] = None  # allowed: trains with the learned null geometry
-    assert validate_file(replanted(good, tmp_path, records)) == []
+    questions = read_samples(good["qa_train"])
+    questions[0]["geom_token"] = None  # a question trains with the learned null geometry
+    questions[1]["answers"] = ["something else", questions[1]["answer"]]
+    path = tmp_path / "qa_train.jsonl"
+    write_samples(path, questions, {"root": sample_root(good["qa_train"])})
+    assert validate_file(path) == []
+    questions[1]["answers"] = ["something else"]
+    write_samples(path, questions, {"root": sample_root(good["qa_train"])})
+    assert ["answers: expected a list with the answer" in fault.reason for fault in validate_file(path)] == [True]
+
+
+def test_shuffled_and_foreign_geometry_is_found(good, tmp_path):
+    """The poses of other views fit as well as the right ones; the histograms of the depth pictures do not."""
+    records = read_samples(good["anchors_train"])
+    records[0]["geom_token"] = {key: rows[::-1] for key, rows in records[0]["geom_token"].items()}
+    records[1]["depths"] = records[1]["depths"][::-1]
+    del records[1]["view_ids"]
+    for record in records[:2]:
+        faults = validate_file(replanted(good, tmp_path, [record]))
+        assert faults and all("is not that of its depth picture" in fault.reason for fault in faults)
+
+
+def test_file_without_manifest(good, tmp_path):
+    """Its root is its own folder; its hash is not checked, its pictures are."""
+    (tmp_path / "Training").symlink_to(sample_root(good["anchors_train"]) / "Training")
+    path = tmp_path / "anchors_train.jsonl"
+    path.write_bytes(good["anchors_train"].read_bytes())
+    assert validate_file(path) == []
+    assert "counts and hashes were not checked" in summarise(path, [])
+    assert "not checked" not in summarise(good["anchors_train"], [])
+    (tmp_path / "Training").unlink()
+    assert any("picture is missing" in fault.reason for fault in validate_file(path))
+
+
+# What is done to a record, and the words of the error. Each line stands for one rule.
+STRUCTURE = {
+    "scene_id missing": (lambda r: r.pop("scene_id"), "missing: scene_id"),
+    "task null": (lambda r: r.update(task=None), "task: expected text"),
+    "scene_id a number": (lambda r: r.update(scene_id=42), "scene_id: expected text"),
+    "images missing": (lambda r: r.pop("images"), "missing: images"),
+    "images empty": (lambda r: r.update(images=[]), "images: expected a list"),
+    "images one text": (lambda r: r.update(images="a.png"), "images: expected a list"),
+    "images numbers": (lambda r: r.update(images=[1, 2, 3, 4]), "images: expected a list"),
+    "too few depths": (lambda r: r["depths"].pop(), "depths: expected 4 paths"),
+    "too few view_ids": (lambda r: r["view_ids"].pop(), "view_ids: expected 4 names"),
+    "geometry a list": (lambda r: r.update(geom_token=[]), "geom_token: expected an object or null"),
+    "no K": (lambda r: r["geom_token"].pop("K"), r"geom_token.K: expected \[4, 9\]"),
+    "too many poses": (lambda r: r["geom_token"]["R"].append([1, 0, 0, 0, 1, 0, 0, 0, 1]), "geom_token.R: expected"),
+    "infinite": (lambda r: set_in(r, ["geom_token", "t", 1, 2], float("inf")), "geom_token.t: expected"),
+    "not a number": (lambda r: set_in(r, ["geom_token", "depth_hist", 1, 2], float("nan")), "depth_hist: expected"),
+    "a boolean": (lambda r: set_in(r, ["geom_token", "t", 1, 2], True), "geom_token.t: expected"),
+    "a huge integer": (lambda r: set_in(r, ["geom_token", "t", 1, 2], 10**400), "geom_token.t: expected"),
+    "focal length of 0": (lambda r: set_in(r, ["geom_token", "K", 2, 4], 0), "K of view 2 is no camera matrix"),
+    "negative focal length": (lambda r: set_in(r, ["geom_token", "K", 2, 0], -9), "K of view 2 is no camera matrix"),
+    "no question": (lambda r: r.pop("question"), "one of the two"),
+    "no answer": (lambda r: r.pop("answer"), "question and answer as text"),
+    "answer a number": (lambda r: r.update(answer=3), "question and answer as text"),
+    "instruction without action": (
+        lambda r: r.update(instruction="Anchor it.") or r.pop("question"),
+        "instruction and action_json as text",
+    ),
+    "situation a number": (lambda r: r.update(situation=5), "situation: expected text"),
+}
+
+
+@pytest.mark.parametrize("name", STRUCTURE)
+def test_check_record(good, name):
+    record = read_samples(good["qa_train"])[0]
+    check_record(record, "here:1")
+    check_record({**record, "images": ["no/such.png"] * 4}, "here:1")  # no picture is opened
+    damage, words = STRUCTURE[name]
+    damage(record)
+    with pytest.raises(ValueError, match=f"^here:1: .*{words}.*; build the file again"):
+        check_record(record, "here:1")
 
 
 def test_faults_of_the_whole_file(good, tmp_path):
@@ -701,8 +878,43 @@ def test_broken_picture_is_found(good, tmp_path):
         (tmp_path / name).write_bytes((sample_root(path) / name).read_bytes())
     write_samples(path, records, {"root": tmp_path})
     assert validate_file(path) == []
-    (tmp_path / records[0]["images"][1]).write_bytes(b"not a picture")
-    assert ["cannot be read" in fault.reason for fault in validate_file(path)] == [True]
+    for key, damage in (("images", lambda _: b"not a picture"), ("images", half), ("depths", half)):
+        file = tmp_path / records[0][key][1]
+        content = file.read_bytes()
+        file.write_bytes(damage(content))
+        with Image.open(file) if damage is half else nullcontext():  # its header is good
+            pass
+        reasons = [fault.reason for fault in validate_file(path)]
+        assert len(reasons) == 1 and f"{file}: cannot read the picture" in reasons[0]
+        file.write_bytes(content)
+
+
+def half(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def test_splits_within_one_file(good, tmp_path):
+    records = read_samples(good["anchors_train"])
+    root = sample_root(good["anchors_train"])
+    ids = [record["scene_id"] for record in records]
+    second = ids.index("42444500")
+
+    def reasons(name: str, changed: dict[int, str], visits=()) -> list[tuple[int, str]]:
+        path = tmp_path / f"{name}.jsonl"
+        mixed = [{**record, "split": changed.get(i, record["split"])} for i, record in enumerate(records)]
+        write_samples(path, mixed, {"root": root, "visits": dict(visits)})
+        found = [(fault.record, fault.reason) for fault in validate_file(path)]
+        path.unlink()
+        return found
+
+    assert reasons("anchors", {}) == []
+    assert reasons("anchors", {1: "val"}) == [(2, "scene 42444499 is in val here and in train above")]
+    assert reasons("anchors_train", {}, {"42444499": "7", "42444500": "7"}.items()) == []
+    other = dict.fromkeys(range(second, len(ids)), "val")
+    assert reasons("anchors", other) == []
+    found = reasons("anchors", other, {"42444499": "7", "42444500": "7"}.items())
+    assert {reason for _, reason in found} == {"visit 7 is in val here and in train above (42444499)"}
+    assert {reason for _, reason in reasons("anchors_val", {})} == {"split 'train' in a file named after 'val'"}
 
 
 def test_split_overlap_by_scene_and_by_visit(good, tmp_path):

@@ -187,6 +187,28 @@ def test_missing_picture_is_named(tiny_config, sample_files, tmp_path):
         train(damaged_copy(tiny_config, sample_files, tmp_path, rename))
 
 
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda r: {**r, "depths": r["depths"][:-1]}, "depths: expected 6"),
+        (lambda r: {**r, "images": []}, "images"),
+        (lambda r: {k: v for k, v in r.items() if k != "scene_id"}, "scene_id"),
+        (lambda r: {k: v for k, v in r.items() if k != "action_json"}, "action_json"),
+        (lambda r: {**r, "geom_token": {**r["geom_token"], "t": [["nan"] * 3] * 6}}, "geom_token.t"),
+        (lambda r: {**r, "geom_token": {**r["geom_token"], "R": r["geom_token"]["R"][:-1]}}, "geom_token.R"),
+        (lambda r: {**r, "geom_token": {**r["geom_token"], "K": [[0.0] * 9] * 6}}, "geom_token.K"),
+    ],
+    ids=["short depths", "no images", "no scene", "no action", "text for numbers", "short R", "zero K"],
+)
+def test_malformed_records_stop_the_run_before_it_starts(tiny_config, sample_files, tmp_path, change, reason):
+    def damage(lines):
+        return [lines[0], json.dumps(change(json.loads(lines[1])))]
+
+    config = damaged_copy(tiny_config, sample_files, tmp_path, damage)
+    with pytest.raises(ValueError, match=rf"damaged.jsonl:2: .*{reason}"):
+        train(config)
+
+
 def test_corrupt_picture_is_named(tiny_config, rooms_root, sample_files, tmp_path):
     record = read_samples(sample_files["anchors_train"])[0]
     copy = tmp_path / "scenes"

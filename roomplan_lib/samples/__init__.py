@@ -3,9 +3,10 @@
 Keys of a record (* = always there):
 
     images*      [V] paths of the pictures, POSIX, relative to the manifest's `root`
-    geom_token*  {R [V, 9], t [V, 3], K [V, 9], depth_hist [V, 16]} or null. R, t: camera_to_world in the scene's own
-                 frame (row-major; metres). K: row-major, pixels of the stored picture. depth_hist: share of the valid
-                 depth pixels per bin of DEPTH_BIN_EDGES, all zero for a view without depth
+    geom_token*  {R [V, 9], t [V, 3], K [V, 9], depth_hist [V, 16]}, or null (questions only). R, t: camera_to_world
+                 in the scene's own frame (row-major; metres). K: row-major, pixels of the stored picture.
+                 depth_hist: share of the valid depth pixels per bin of DEPTH_BIN_EDGES, all zero for a view without
+                 depth
     task*        "place_anchor", "qa_existence", "qa_count", ...
     scene_id*
     question + answer, or instruction + action_json (text of one JSON object, metres in the scene's own frame)
@@ -19,20 +20,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
 import numpy as np
 
+from roomplan_lib.files import new_file, write_whole
 from roomplan_lib.geometry import OrientedBox
 
 # Metres. Finer where indoor depth lies; fixed, so that a histogram keeps the metric scale.
 DEPTH_BIN_EDGES = np.array([0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6, 8, np.inf])
 RECORD_KEYS = ("images", "geom_token", "task", "scene_id")
+GEOMETRY_WIDTHS = {"R": 9, "t": 3, "K": 9, "depth_hist": len(DEPTH_BIN_EDGES) - 1}
+MAX_NUMBER = 1e9  # beyond is a mistake in any unit; NaN and infinity fail the comparison too
 BUILD_AGAIN = "build the file again with `prepare`"
 
 
@@ -65,6 +66,62 @@ def box_from_record(entry: dict) -> OrientedBox:
         return OrientedBox(entry["center"], entry["extent"], rotation, entry["label"], str(entry["object_id"]))
     except (KeyError, TypeError) as error:
         raise ValueError(f"box of a record: {type(error).__name__} {error}; {BUILD_AGAIN}") from None
+
+
+def check_record(record: dict, where: str) -> None:
+    """Raise ValueError "where: reason; remedy" for the first of `record_faults`; opens no picture.
+
+    where: what the message calls the record, such as "anchors_train.jsonl:3".
+    """
+    for reason, remedy in record_faults(record):
+        raise ValueError(f"{where}: {reason}; {remedy}")
+
+
+def record_faults(record: dict) -> Iterator[tuple[str, str]]:
+    """(reason, remedy) for everything wrong with a record's keys, types, lengths and numbers; opens no picture."""
+    missing = [key for key in RECORD_KEYS if key not in record]
+    is_action = "instruction" in record
+    if ("question" in record) == is_action:
+        missing.append("question with answer, or instruction with action_json (one of the two)")
+    elif not is_action and not (is_text(record["question"]) and is_text(record.get("answer"))):
+        missing.append("question and answer as text that is not empty")
+    elif is_action and not (is_text(record["instruction"]) and is_text(record.get("action_json"))):
+        missing.append("instruction and action_json as text that is not empty")
+    if missing:
+        yield f"missing: {', '.join(missing)}", BUILD_AGAIN
+        return
+    for key in ("task", "scene_id"):
+        if not is_text(record[key]):
+            yield f"{key}: expected text that is not empty, got {record[key]!r:.80}", BUILD_AGAIN
+    if not isinstance(record.get("situation", ""), str):
+        yield f"situation: expected text, got {record['situation']!r:.80}", BUILD_AGAIN
+    images = record["images"]
+    if not images or not _is_texts(images):
+        yield "images: expected a list of at least one path", BUILD_AGAIN
+        return
+    for key, meaning in (("depths", "paths"), ("view_ids", "names")):
+        if key in record and not (_is_texts(record[key]) and len(record[key]) == len(images)):
+            yield f"{key}: expected {len(images)} {meaning}, one for each picture", BUILD_AGAIN
+    geometry = record["geom_token"]
+    if geometry is None:
+        if is_action:
+            yield "geom_token is null, so the action's target is in an unknown frame", "prepare the sample with poses"
+        return
+    if not isinstance(geometry, dict):
+        yield f"geom_token: expected an object or null, got {type(geometry).__name__}", BUILD_AGAIN
+        return
+    bad = [key for key, width in GEOMETRY_WIDTHS.items() if not _is_matrix(geometry.get(key), len(images), width)]
+    for key in bad:
+        yield f"geom_token.{key}: expected [{len(images)}, {GEOMETRY_WIDTHS[key]}] finite numbers", BUILD_AGAIN
+    if "K" not in bad:
+        for v, K in enumerate(geometry["K"]):
+            if K[0] <= 0 or K[4] <= 0 or list(K[6:]) != [0, 0, 1]:
+                yield f"geom_token.K of view {v} is no camera matrix", BUILD_AGAIN
+
+
+def is_text(value: object) -> bool:
+    """A string with more than white space in it."""
+    return isinstance(value, str) and bool(value.strip())
 
 
 def iter_samples(path: Path | str) -> Iterator[tuple[int, dict | ValueError]]:
@@ -118,9 +175,8 @@ def write_samples(path: Path | str, samples: Iterable[dict], manifest: dict) -> 
     path = Path(path)
     if "root" not in manifest:
         raise ValueError("manifest: needs `root`, the folder that the samples' image paths are relative to")
-    path.parent.mkdir(parents=True, exist_ok=True)
     tasks, splits, scene_ids, digest = Counter(), Counter(), set(), hashlib.sha256()
-    with _new_file(path) as file:
+    with new_file(path) as file:
         for number, sample in enumerate(samples, 1):
             try:
                 line = json.dumps(sample, allow_nan=False, ensure_ascii=False).encode() + b"\n"
@@ -146,23 +202,8 @@ def write_samples(path: Path | str, samples: Iterable[dict], manifest: dict) -> 
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a JSON file under a temporary name, then rename it."""
-    with _new_file(path) as file:
-        file.write((json.dumps(value, allow_nan=False, ensure_ascii=False) + "\n").encode())
-
-
-@contextmanager
-def _new_file(path: Path) -> Iterator[BinaryIO]:
-    """A file for writing that takes its name only when the block ends well."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner reads
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    """Write a JSON file; it appears whole or not at all."""
+    write_whole(path, json.dumps(value, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def manifest_path(path: Path | str) -> Path:
@@ -205,6 +246,20 @@ def resolve_image(root: Path | str, relative: str) -> Path:
 def rounded(values: np.ndarray, decimals: int) -> list[float]:
     """Flat list of rounded floats, without negative zeros."""
     return [float(value) + 0.0 for value in np.round(np.asarray(values, dtype=np.float64), decimals).ravel()]
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list) and all(map(is_text, value))
+
+
+def _is_matrix(value: object, height: int, width: int) -> bool:
+    """Nested lists of numbers; text and booleans are none, though NumPy would convert them."""
+    return (
+        isinstance(value, list)
+        and len(value) == height
+        and all(isinstance(row, list) and len(row) == width for row in value)
+        and all(type(number) in (int, float) and abs(number) <= MAX_NUMBER for row in value for number in row)
+    )
 
 
 def _as_record(entry: object, where: str) -> dict | ValueError:

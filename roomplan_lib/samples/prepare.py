@@ -22,6 +22,7 @@ from roomplan_lib.samples.visibility import MIN_VISIBLE_PIXELS, visible_boxes
 from roomplan_lib.scenes import Scene, View
 from roomplan_lib.scenes.arkitscenes import (
     SkippedSceneError,
+    check_picture_size,
     find_scenes,
     frames_dir,
     read_scene,
@@ -29,7 +30,7 @@ from roomplan_lib.scenes.arkitscenes import (
 )
 
 TASKS = ("anchors", "qa")
-BUILDER_VERSION = 1  # raised whenever the same scene and settings give other samples: files of old ones are rebuilt
+BUILDER_VERSION = 2  # raised whenever the same scene and settings give other samples: files of old ones are rebuilt
 CACHE_DIR = ".scenes"
 
 
@@ -132,9 +133,16 @@ def scene_record(scene: Scene, views: list[View], root: Path) -> dict:
 
 
 def build_scene(scene_dir: Path, root: Path, settings: dict) -> dict:
-    """{common, anchors, qa, baseline_m, coverage} of one scene: the shared keys, and the samples without them."""
+    """{common, anchors, qa, baseline_m, coverage} of one scene: the shared keys, and the samples without them.
+
+    Raises ValueError for a scene that cannot be read or a chosen picture that is broken or of another size than its
+    intrinsics say.
+    """
     scene = read_scene(scene_dir)
     selection = choose_views(scene, settings["num_views"], strategy=settings["strategy"])
+    for view in selection.views:
+        height, width, _ = view.load_rgb().shape
+        check_picture_size(view, (width, height))
     visible = visible_boxes(scene, selection.views, settings["min_pixels"])
     return {
         "common": scene_record(scene, selection.views, root),

@@ -27,7 +27,7 @@ from roomplan_lib.scenes import CATEGORIES, Scene
 
 MAX_PER_TASK = 6  # questions of one task in one scene, so that a crowded scene does not drown the others
 SIDE_MARGIN_DEG = 25.0  # left and right keep this far from straight ahead and straight behind, and the reverse
-STANDING_DISTANCE = 0.3  # metres from an object's side to somebody who stands by it
+STANDING_DISTANCES = (0.2, 0.6)  # metres from an object's side to somebody who stands by it: nearest and farthest
 DISTANCE_STEP = 0.5  # metres to which distances are asked
 DISTANCE_MARGIN = 0.17  # metres a distance may lie off its rounded value; 0.25 would be on the edge
 
@@ -84,13 +84,31 @@ def build_qa(scene: Scene, visible: np.ndarray, seed: int = 0) -> list[dict]:
     return samples
 
 
-def side_of(agent: np.ndarray, faced: np.ndarray, thing: np.ndarray) -> float:
-    """Bearing of `thing` for somebody at `agent` who faces `faced` (each [2] metres, x and y of the world).
+def side_of(agent: np.ndarray, faced: np.ndarray, thing: np.ndarray) -> np.ndarray:
+    """[...] bearing of `thing` [2] for somebody at `agent` [..., 2] who faces `faced` [2], metres, world x and y.
 
     Radians in (-pi, pi], 0 straight ahead, positive to the left (z points up).
     """
     ahead, there = faced - agent, thing - agent
-    return float(np.arctan2(ahead[0] * there[1] - ahead[1] * there[0], ahead @ there))
+    cross = ahead[..., 0] * there[..., 1] - ahead[..., 1] * there[..., 0]
+    return np.arctan2(cross, (ahead * there).sum(-1))
+
+
+def standing_places(box: OrientedBox) -> np.ndarray:
+    """[49, 2] metres: where one who stands by an upright box may be.
+
+    The middle, and 24 places on the footprint's outline grown by each of STANDING_DISTANCES (corners rounded).
+    """
+    half_x, half_y = box.extent[:2] / 2
+    places = [np.zeros((1, 2))]
+    for distance in STANDING_DISTANCES:
+        across = np.linspace(-1, 1, 4)
+        for sign in (-1, 1):
+            places.append(np.stack([across * half_x, np.full(4, sign * (half_y + distance))], -1))
+            places.append(np.stack([np.full(4, sign * (half_x + distance)), across * half_y], -1))
+        corner = np.array([half_x, half_y]) + distance * np.array([[np.sqrt(3), 1], [1, np.sqrt(3)]]) / 2
+        places += [corner * signs for signs in ([1, 1], [1, -1], [-1, 1], [-1, -1])]
+    return box.center[:2] + np.concatenate(places) @ box.rotation[:2, :2].T
 
 
 # Each builder returns (question, answer, indices of the boxes asked for, situation or "").
@@ -159,14 +177,12 @@ def _side(scene: Scene, visible: np.ndarray, named: dict[int, str], chance: rand
 def clear_sides(by: OrientedBox, faced: OrientedBox, thing: OrientedBox) -> list[str]:
     """Which of left / right and of in front / behind hold for `thing`, clearly, for one by `by` who faces `faced`.
 
-    "By" leaves open where exactly, so the answer must be the same from the middle of `by` and from all its four
-    sides, with SIDE_MARGIN_DEG to spare. All three are upright boxes.
+    "By" leaves open where exactly, so the answer must be the same from all `standing_places`, with SIDE_MARGIN_DEG
+    to spare. All three are upright boxes.
     """
     if center_distance(by, faced) < 1.0 or footprint_gap(by, thing) < CLEAR_MARGIN:
         return []
-    reach = [by.rotation[:2, axis] * (by.extent[axis] / 2 + STANDING_DISTANCE) for axis in (0, 1)]
-    places = [by.center[:2] + offset for offset in (np.zeros(2), reach[0], -reach[0], reach[1], -reach[1])]
-    bearings = np.degrees([side_of(place, faced.center[:2], thing.center[:2]) for place in places])
+    bearings = np.degrees(side_of(standing_places(by), faced.center[:2], thing.center[:2]))
     margin = SIDE_MARGIN_DEG
     holds = {
         "left": (bearings > margin) & (bearings < 180 - margin),

@@ -4,32 +4,41 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image
 
+from roomplan_lib.actions import ActionError, parse_action
+from roomplan_lib.geometry import OrientedBox
 from roomplan_lib.samples import (
     BUILD_AGAIN,
-    DEPTH_BIN_EDGES,
-    RECORD_KEYS,
+    GEOMETRY_WIDTHS,
     box_from_record,
+    depth_histogram,
+    is_text,
     iter_samples,
     manifest_path,
     read_manifest,
+    record_faults,
     resolve_image,
     sample_root,
 )
-from roomplan_lib.scenes import CATEGORIES
+from roomplan_lib.samples.describe import upright
+from roomplan_lib.scenes import load_depth, load_rgb
 
 MIN_BASELINE = 0.1  # metres: cameras closer together than this see almost the same picture
-MAX_LENGTH = 50.0  # metres: a longer box or a target further from every camera is no furniture of the room
+MAX_LENGTH = 50.0  # metres: no furniture of a room is longer
+MAX_DISTANCE = 30.0  # metres: a target further from every camera is in another frame than they are
+FOCAL_LENGTHS = (0.3, 5.0)  # of the picture's width: from 118 down to 11 degrees of view
+HISTOGRAM_TOLERANCE = 1e-3  # the record keeps five decimals
+TARGET_TOLERANCE = 1e-3  # metres; record and action both keep four decimals
+YAW_TOLERANCE_DEG = 0.5
 SPLITS = ("train", "val", "test")
-GEOMETRY_WIDTHS = {"R": 9, "t": 3, "K": 9, "depth_hist": len(DEPTH_BIN_EDGES) - 1}
 REMOVE_ONE = "remove one of them"
 FETCH = "fetch or render the scene again"
+ONE_SPLIT = "keep each scene and visit in one split and build the files again"
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,9 @@ class Fault:
 def validate_file(path: Path | str) -> list[Fault]:
     """All faults of a file of samples, in the order of its records; an empty list for a good file.
 
+    Every distinct picture is decoded once. A record that `record_faults` finds malformed is checked no further. Without
+    a manifest nothing tells the file's hash and its scenes' visits; `summarise` says so.
+
     Raises ValueError only when the file itself does not exist.
     """
     path = Path(path)
@@ -62,8 +74,7 @@ def validate_file(path: Path | str) -> list[Fault]:
         root = sample_root(path)
     except ValueError:
         return faults  # the unreadable manifest is already listed; without its root no picture can be found
-    checker = _Checker(root)
-    splits: dict[str, str] = {}
+    checker = _Checker(path, root)
     number = 0
     try:
         for number, record in iter_samples(path):
@@ -72,23 +83,22 @@ def validate_file(path: Path | str) -> list[Fault]:
                 continue
             name = str(record.get("question_id") or record.get("scene_id") or "")
             faults += [Fault(number, name, reason, remedy) for reason, remedy in checker.check(record, number)]
-            splits[str(record.get("scene_id"))] = _split_of(path, record)
     except ValueError as error:
         faults.append(Fault(0, "", str(error), BUILD_AGAIN))
     if number == 0:
         faults.append(Fault(0, "", "the file holds no record", BUILD_AGAIN))
-    faults += [Fault(0, scene_id, reason, remedy) for scene_id, reason, remedy in _overlaps(path, splits)]
+    faults += [Fault(0, scene_id, reason, remedy) for scene_id, reason, remedy in _overlaps(path, checker.splits)]
     return faults
 
 
 def summarise(path: Path | str, faults: list[Fault], limit: int = 20) -> str:
-    """Text for people: the count and the first `limit` faults."""
-    if not faults:
-        return f"{path}: no faults"
-    lines = [f"{path}: {len(faults)} fault{'s' if len(faults) > 1 else ''}"]
+    """Text for people: the count, the first `limit` faults, and what could not be checked."""
+    lines = [f"{path}: {len(faults) or 'no'} fault{'' if len(faults) == 1 else 's'}"]
     lines += [f"  {fault}" for fault in faults[:limit]]
     if len(faults) > limit:
         lines.append(f"  ... and {len(faults) - limit} more")
+    if not manifest_path(path).exists():
+        lines.append(f"  counts and hashes were not checked: there is no {manifest_path(path).name}")
     return "\n".join(lines)
 
 
@@ -96,6 +106,8 @@ def summarise(path: Path | str, faults: list[Fault], limit: int = 20) -> str:
 
 
 def _manifest_faults(path: Path) -> Iterator[tuple[str, str]]:
+    if not manifest_path(path).exists():
+        return  # a file from elsewhere, see `sample_root`
     try:
         manifest = read_manifest(path)
     except ValueError as error:
@@ -124,7 +136,6 @@ def _overlaps(path: Path, splits: dict[str, str]) -> Iterator[tuple[str, str, st
     """(scene_id, reason, remedy) where a file beside this one shows the same scene or visit in another split."""
     visits = _visits(path)
     own_visits = {visits[scene_id]: scene_id for scene_id in splits if visits.get(scene_id)}
-    remedy = "keep each scene and visit in one split and build both files again"
     for sibling in sorted(path.parent.glob("*.json*")):
         if sibling.suffix not in (".json", ".jsonl") or sibling.name.endswith(".manifest.json"):
             continue
@@ -136,11 +147,11 @@ def _overlaps(path: Path, splits: dict[str, str]) -> Iterator[tuple[str, str, st
                 continue
             seen.add(scene_id)
             if splits.get(scene_id) not in (None, "", split):
-                yield scene_id, f"is in {splits[scene_id]} here and in {split} in {sibling.name}", remedy
+                yield scene_id, f"is in {splits[scene_id]} here and in {split} in {sibling.name}", ONE_SPLIT
             twin = own_visits.get(sibling_visits.get(scene_id, ""))
             if twin and twin != scene_id and splits[twin] not in ("", split):
                 reason = f"visit {visits[twin]} is in {splits[twin]} here and in {split} in {sibling.name} ({scene_id})"
-                yield twin, reason, remedy
+                yield twin, reason, ONE_SPLIT
 
 
 def _scene_splits(path: Path) -> Iterator[tuple[str, str]]:
@@ -158,92 +169,95 @@ def _scene_splits(path: Path) -> Iterator[tuple[str, str]]:
 class _Checker:
     """Checks records one by one and remembers what must not come twice."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, path: Path, root: Path) -> None:
+        self.path = path
         self.root = root
-        self.pictures: dict[str, tuple] = {}
+        self.visits = _visits(path)
+        self.splits: dict[str, str] = {}  # by scene id, as its first record has it
+        self.visit_scenes: dict[str, str] = {}  # first scene of each visit
+        self.sizes: dict[str, tuple[tuple[int, int] | None, str]] = {}  # (width, height) and fault by name
+        self.histograms: dict[str, tuple[np.ndarray | None, str]] = {}  # depth histogram and fault by name
         self.question_ids: dict[str, int] = {}
         self.contents: dict[str, int] = {}
-        self.answers: dict[tuple, tuple[str, int]] = {}
+        self.answers: dict[str, tuple[str, int]] = {}
 
     def check(self, record: dict, number: int) -> Iterator[tuple[str, str]]:
         """(reason, remedy) of every fault of one record."""
-        missing = [key for key in RECORD_KEYS if key not in record]
-        is_qa, is_action = "question" in record, "instruction" in record
-        if is_qa == is_action:
-            missing.append("question with answer, or instruction with action_json (one of the two)")
-        elif is_qa and not (_is_text(record["question"]) and _is_text(record.get("answer"))):
-            missing.append("question and answer as text that is not empty")
-        elif is_action and not (_is_text(record["instruction"]) and _is_text(record.get("action_json"))):
-            missing.append("instruction and action_json as text that is not empty")
-        if missing:
-            yield f"missing: {', '.join(missing)}", BUILD_AGAIN
+        malformed = list(record_faults(record))
+        yield from malformed
+        yield from self._check_split(record)
+        if malformed:
             return
-        sizes = yield from self._check_pictures(record)
+        sizes = yield from self._check_images(record)
+        histograms = yield from self._check_depths(record)
         if record["geom_token"] is not None:
-            yield from _check_geometry(record["geom_token"], sizes)
-        yield from self._check_boxes(record)
-        if is_action:
-            yield from _check_action(record)
+            yield from _check_geometry(record["geom_token"], sizes, histograms)
+        boxes = yield from _check_boxes(record)
+        if "instruction" in record:
+            yield from _check_action(record, boxes)
+        elif "answers" in record:
+            answers = record["answers"]
+            if not isinstance(answers, list) or record["answer"] not in answers:
+                yield f"answers: expected a list with the answer {record['answer']!r}, got {answers!r:.80}", BUILD_AGAIN
         yield from self._check_repeats(record, number)
 
-    def _check_pictures(self, record: dict) -> Iterator[tuple[str, str]]:
+    def _check_split(self, record: dict) -> Iterator[tuple[str, str]]:
+        split = record.get("split")
+        if split not in (None, "", *SPLITS):
+            yield f"split: expected one of {SPLITS}, got {split!r:.80}", BUILD_AGAIN
+            return
+        named = _split_of(self.path)
+        if split and named and split != named:
+            yield f"split {split!r} in a file named after {named!r}", "rename the file, or keep one split in it"
+        scene_id, own = record.get("scene_id"), _split_of(self.path, record)
+        if not is_text(scene_id):
+            return
+        first = self.splits.setdefault(scene_id, own)
+        if first != own:
+            yield f"scene {scene_id} is in {own or 'no split'} here and in {first or 'no split'} above", ONE_SPLIT
+        visit = self.visits.get(scene_id)
+        if not is_text(visit):
+            return
+        twin = self.visit_scenes.setdefault(visit, scene_id)
+        if twin != scene_id and self.splits[twin] != own:
+            yield f"visit {visit} is in {own or 'no split'} here and in {self.splits[twin]} above ({twin})", ONE_SPLIT
+
+    def _check_images(self, record: dict) -> Iterator[tuple[str, str]]:
         """Yields faults, returns the sizes of the pictures (None where unknown)."""
         images = record["images"]
-        if not isinstance(images, list) or not images or not all(_is_text(name) for name in images):
-            yield "images: expected a list of at least one path", BUILD_AGAIN
-            return []
         for name in sorted({name for name in images if images.count(name) > 1}):
             yield f"picture {name} is shown twice", "choose the views again"
         sizes = []
         for name in images:
-            size, fault = self._open_header(name)
-            if fault:
-                yield fault
-            if not _shows_scene(name, record):
-                yield f"picture {name} shows another scene than {record['scene_id']}", BUILD_AGAIN
+            if name not in self.sizes:
+                self.sizes[name] = self._decode(name, lambda path: load_rgb(path).shape[1::-1])
+            size, reason = self.sizes[name]
+            if reason:
+                yield reason, FETCH
             sizes.append(size)
-        if "depths" in record:
-            depths = record["depths"]
-            if not isinstance(depths, list) or len(depths) != len(images) or not all(_is_text(name) for name in depths):
-                yield f"depths: expected {len(images)} paths, one for each picture", BUILD_AGAIN
-                return sizes
-            for name in depths:
-                _, fault = self._open_header(name)
-                if fault:
-                    yield f"depth: {fault[0]}", fault[1]
-                if not _shows_scene(name, record):
-                    yield f"depth {name} shows another scene than {record['scene_id']}", BUILD_AGAIN
+        yield from _check_names(record, "images", "picture")
         return sizes
 
-    def _open_header(self, name: str) -> tuple[tuple[int, int] | None, tuple[str, str] | None]:
-        """((width, height) of a picture or None, its fault (reason, remedy) or None)."""
-        if name not in self.pictures:
-            size, reason = None, ""
-            try:
-                with Image.open(resolve_image(self.root, name)) as picture:
-                    size = picture.size
-            except FileNotFoundError:
-                reason = f"picture {name} is missing below {self.root}"
-            except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-                reason = f"picture {name} cannot be read ({error})"
-            except ValueError as error:
-                reason = str(error)
-            self.pictures[name] = (size, (reason, FETCH) if reason else None)
-        return self.pictures[name]
+    def _check_depths(self, record: dict) -> Iterator[tuple[str, str]]:
+        """Yields faults, returns the histogram of each depth picture (None where unknown)."""
+        histograms = []
+        for name in record.get("depths", ()):
+            if name not in self.histograms:
+                self.histograms[name] = self._decode(name, lambda path: depth_histogram(load_depth(path)))
+            histogram, reason = self.histograms[name]
+            if reason:
+                yield f"depth: {reason}", FETCH
+            histograms.append(histogram)
+        if "depths" in record:
+            yield from _check_names(record, "depths", "depth")
+        return histograms
 
-    def _check_boxes(self, record: dict) -> Iterator[tuple[str, str]]:
-        boxes = record.get("boxes", [])
-        if not isinstance(boxes, list):
-            yield "boxes: expected a list", BUILD_AGAIN
-            return
-        for index, entry in enumerate(boxes):
-            try:
-                box = box_from_record(entry)
-            except ValueError as error:
-                yield f"boxes[{index}]: {error}", BUILD_AGAIN
-                continue
-            if (box.extent <= 0).any() or (box.extent > MAX_LENGTH).any():
-                yield f"boxes[{index}]: extent {box.extent.tolist()} m is not that of a thing in a room", BUILD_AGAIN
+    def _decode(self, name: str, load: Callable[[Path], object]) -> tuple:
+        """(what `load` makes of a picture or None, its fault or "")."""
+        try:
+            return load(resolve_image(self.root, name)), ""
+        except ValueError as error:
+            return None, str(error)
 
     def _check_repeats(self, record: dict, number: int) -> Iterator[tuple[str, str]]:
         question_id = record.get("question_id")
@@ -255,8 +269,9 @@ class _Checker:
         first = self.contents.setdefault(hashlib.sha256(content.encode()).hexdigest(), number)
         if first != number:
             yield f"says the same as record {first}", REMOVE_ONE
-        prompt = (record["scene_id"], record.get("situation"), record.get("question"), record.get("instruction"))
-        response = record["action_json"] if "instruction" in record else record["answer"]
+        words = [record.get(key, "") for key in ("situation", "question", "instruction")]
+        prompt = [record["scene_id"], *map(_plain, words)]
+        response = record["action_json"] if "instruction" in record else _plain(record["answer"])
         known, first = self.answers.setdefault(json.dumps(prompt), (response, number))
         if known != response:
             yield (
@@ -265,35 +280,65 @@ class _Checker:
             )
 
 
-def _check_geometry(geometry: object, sizes: list[tuple[int, int] | None]) -> Iterator[tuple[str, str]]:
-    arrays = {}
-    for key, width in GEOMETRY_WIDTHS.items():
+def _check_names(record: dict, key: str, what: str) -> Iterator[tuple[str, str]]:
+    """Faults of pictures that by their names show another scene or view than the record says."""
+    for v, name in enumerate(record[key]):
+        if not _shows_scene(name, record):
+            yield f"{what} {name} shows another scene than {record['scene_id']}", BUILD_AGAIN
+        elif "view_ids" in record and PurePosixPath(name).stem != record["view_ids"][v]:
+            yield f"{what} {name} is not that of view_ids[{v}], {record['view_ids'][v]}", BUILD_AGAIN
+
+
+def _check_boxes(record: dict) -> Iterator[tuple[str, str]]:
+    """Yields faults, returns the boxes, or None when one is at fault or there are none."""
+    entries, boxes, usable = record.get("boxes", []), [], True
+    if not isinstance(entries, list):
+        yield "boxes: expected a list", BUILD_AGAIN
+        return None
+    for index, entry in enumerate(entries):
         try:
-            arrays[key] = np.array(geometry[key], dtype=np.float64)
-        except (KeyError, TypeError, ValueError):
-            yield f"geom_token.{key}: missing or not [{len(sizes)}, {width}] numbers", BUILD_AGAIN
-            return
-        if arrays[key].shape != (len(sizes), width) or not np.isfinite(arrays[key]).all():
-            yield (
-                f"geom_token.{key}: expected [{len(sizes)}, {width}] finite numbers, got {list(arrays[key].shape)}"
-                + ("" if np.isfinite(arrays[key]).all() else " with NaN or infinity"),
-                BUILD_AGAIN,
-            )
-            return
+            boxes.append(box_from_record(entry))
+        except ValueError as error:
+            usable = False
+            yield f"boxes[{index}]: {error}", BUILD_AGAIN
+            continue
+        extent = boxes[-1].extent
+        if (extent <= 0).any() or (extent > MAX_LENGTH).any():
+            usable = False
+            yield f"boxes[{index}]: extent {extent.tolist()} m is not that of a thing in a room", BUILD_AGAIN
+    if not usable:
+        return None
+    if "boxes" in record and "object_ids" in record:
+        object_ids = [box.object_id for box in boxes]
+        if record["object_ids"] != object_ids:
+            yield f"object_ids {record['object_ids']!r:.80} are not those of the boxes, {object_ids!r:.80}", BUILD_AGAIN
+    return boxes or None
+
+
+def _check_geometry(
+    geometry: dict, sizes: list[tuple[int, int] | None], histograms: list[np.ndarray | None]
+) -> Iterator[tuple[str, str]]:
+    """sizes: (width, height) of each picture. histograms: of each depth picture; empty for a record without depths."""
+    arrays = {key: np.array(geometry[key], dtype=np.float64) for key in GEOMETRY_WIDTHS}
     for v, rotation in enumerate(arrays["R"].reshape(-1, 3, 3)):
         if np.abs(rotation.T @ rotation - np.eye(3)).max() > 1e-3 or np.linalg.det(rotation) < 0:
             yield f"geom_token.R of view {v} is no rotation", BUILD_AGAIN
     for v, K in enumerate(arrays["K"].reshape(-1, 3, 3)):
-        if K[0, 0] <= 0 or K[1, 1] <= 0 or not np.array_equal(K[2], [0, 0, 1]):
-            yield f"geom_token.K of view {v} is no camera matrix", BUILD_AGAIN
-        elif sizes[v] and (np.abs(K[:2, 2] / sizes[v] - 0.5) > 0.25).any():
+        if sizes[v] is None:
+            continue
+        focal = np.array([K[0, 0], K[1, 1]]) / sizes[v][0]
+        off_center = (np.abs(K[:2, 2] / sizes[v] - 0.5) > 0.25).any()
+        if off_center or (focal < FOCAL_LENGTHS[0]).any() or (focal > FOCAL_LENGTHS[1]).any():
             yield (
-                f"geom_token.K of view {v} does not fit its picture of {sizes[v]} pixels",
+                f"geom_token.K of view {v} does not fit its picture of {sizes[v]} pixels: focal lengths "
+                f"{K[0, 0]:g} and {K[1, 1]:g}, principal point {K[:2, 2].tolist()}",
                 "scale K with the picture",
             )
     for v, shares in enumerate(arrays["depth_hist"]):
         if (shares < 0).any() or not (abs(shares.sum() - 1) < 1e-3 or (shares == 0).all()):
             yield f"geom_token.depth_hist of view {v} does not add up to 1 (or to 0 for no depth)", BUILD_AGAIN
+        elif histograms and histograms[v] is not None and np.abs(shares - histograms[v]).max() > HISTOGRAM_TOLERANCE:
+            yield f"geom_token.depth_hist of view {v} is not that of its depth picture", BUILD_AGAIN
     centers = arrays["t"]
     baseline = np.linalg.norm(centers[:, None] - centers[None], axis=-1).max()
     if len(centers) > 1 and baseline < MIN_BASELINE:
@@ -303,47 +348,49 @@ def _check_geometry(geometry: object, sizes: list[tuple[int, int] | None]) -> It
         )
 
 
-def _check_action(record: dict) -> Iterator[tuple[str, str]]:
-    try:
-        action = json.loads(record["action_json"])
-        kind = action["action"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        yield f"action_json is no JSON object with `action` ({type(error).__name__}: {error})", BUILD_AGAIN
+def _check_action(record: dict, boxes: list[OrientedBox] | None) -> Iterator[tuple[str, str]]:
+    action = parse_action(record["action_json"])
+    if isinstance(action, ActionError):
+        yield f"action_json: {action.reason}", BUILD_AGAIN
         return
-    if action.get("scene") != record["scene_id"]:
+    if action.scene != record["scene_id"]:
+        yield f"action_json is about scene {action.scene!r}, not {record['scene_id']!r}", BUILD_AGAIN
+    if not action.category:
+        yield "action_json.category is missing", BUILD_AGAIN
+    if max(action.extent) > MAX_LENGTH:
+        yield f"action_json.extent: {action.extent} m is not that of a thing in a room", BUILD_AGAIN
+    offsets = np.array(record["geom_token"]["t"]) - action.center
+    distance = np.linalg.norm(offsets, axis=1).min()
+    if distance > MAX_DISTANCE:
         yield (
-            f"action_json is about scene {action.get('scene')!r}, not {record['scene_id']!r}",
-            BUILD_AGAIN,
+            f"action_json.center is {distance:.1f} m from the nearest camera, more than {MAX_DISTANCE:g} m",
+            "give target and poses in one frame, in metres",
         )
-    if kind != "place_anchor":
+    if boxes is None:
         return
-    if action.get("category") not in CATEGORIES:
-        yield f"action_json.category: expected one of {CATEGORIES}, got {action.get('category')!r}", BUILD_AGAIN
-    vectors = {}
-    for key in ("center", "normal", "extent"):
-        try:
-            vectors[key] = np.array(action.get(key), dtype=np.float64)
-        except (TypeError, ValueError):
-            vectors[key] = np.array(np.nan)
-        if vectors[key].shape != (3,) or not np.isfinite(vectors[key]).all():
-            yield f"action_json.{key}: expected 3 finite numbers, got {action.get(key)}", BUILD_AGAIN
-            return
-    if abs(np.linalg.norm(vectors["normal"]) - 1) > 1e-2:
-        yield f"action_json.normal: expected a unit vector, got {action['normal']}", BUILD_AGAIN
-    if (vectors["extent"] <= 0).any() or (vectors["extent"] > MAX_LENGTH).any():
-        yield f"action_json.extent: {action['extent']} m is not that of a thing in a room", BUILD_AGAIN
-    boxes = record.get("boxes")
-    if isinstance(boxes, list) and boxes:
-        try:
-            targets = [box_from_record(entry) for entry in boxes]
-        except ValueError:
-            return  # listed with the boxes
-        if min(np.abs(box.center - vectors["center"]).max() for box in targets) > 1e-3:
-            yield "action_json.center is the center of none of the record's boxes", BUILD_AGAIN
+    if abs(action.normal[2]) > 0.02:
+        yield f"action_json.normal {action.normal} of a box is not horizontal, so it tells no yaw", BUILD_AGAIN
+        return
+    near = min(boxes, key=lambda box: np.abs(box.center - action.center).max())
+    if np.abs(near.center - action.center).max() > TARGET_TOLERANCE:
+        yield "action_json.center is the center of none of the record's boxes", BUILD_AGAIN
+        return
+    if action.category and action.category != near.label:
+        yield f"action_json.category is {action.category!r}, its box's label {near.label!r}", BUILD_AGAIN
+    box = upright(near)
+    if box is None:
+        yield f"box {near.object_id!r} is tilted, so no anchor describes it", "remove the record"
+        return
+    turn = np.degrees(action.to_box().yaw - box.yaw)
+    if abs((turn + 90) % 180 - 90) > YAW_TOLERANCE_DEG:  # half a turn leaves a box as it is
+        yield f"action_json.normal is turned by {turn:.1f} degrees from its box's first axis", BUILD_AGAIN
+    if np.abs(box.extent - action.extent).max() > TARGET_TOLERANCE:
+        yield f"action_json.extent {action.extent} is not that of its box, {box.extent.tolist()}", BUILD_AGAIN
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+def _plain(words: str) -> str:
+    """Words without the differences that do not change their meaning: case and spaces."""
+    return " ".join(words.split()).casefold()
 
 
 def _shows_scene(name: str, record: dict) -> bool:

@@ -20,6 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from roomplan_lib.geometry import OrientedBox, invert_pose
@@ -69,7 +70,7 @@ def scene_membership(scene_dir: Path | str) -> tuple[str, str]:
 
 
 def read_scene(scene_dir: Path | str) -> Scene:
-    """Read one scene folder; no picture is opened.
+    """Read one scene folder; of the pictures only the header of the first is opened.
 
     Views are the frames that have a pose (poses come at 10 Hz, frames at up to 60 Hz), sorted by time. Boxes are the
     17 categories' `obbAligned`, with the annotation's `uid` as `object_id`. World: the scan's own, metres, z up.
@@ -129,6 +130,7 @@ def _read_views(frames: Path, video_id: str) -> list[View]:
         for name in sorted(depth.keys() - rgb.keys()):
             if _match_pose(depth[name], pose_times) is not None:
                 raise ValueError(f"{frames / 'lowres_wide' / name}: picture of a posed depth is missing; {FETCH_AGAIN}")
+    _require_frames(frames, video_id, set(rgb.values()), pose_times)
     views = []
     for name, index in sorted(posed.items(), key=lambda item: rgb[item[0]]):
         K, width, height = _read_pincam(frames / "lowres_wide_intrinsics", video_id, rgb[name])
@@ -144,16 +146,42 @@ def _read_views(frames: Path, video_id: str) -> list[View]:
                 height=height,
             )
         )
+    try:
+        with Image.open(views[0].rgb_path) as picture:
+            size = picture.size
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{views[0].rgb_path}: cannot read the picture ({error}); {FETCH_AGAIN}") from None
+    check_picture_size(views[0], size)
     return views
 
 
-def _list_frames(folder: Path, video_id: str) -> dict[str, int]:
-    """Milliseconds by file name of the PNGs `<video_id>_<seconds>.png` in a folder."""
+def check_picture_size(view: View, size: tuple[int, int]) -> None:
+    """Raise ValueError when the stored picture's (width, height) is not the one that its intrinsics are for."""
+    if size != (view.width, view.height):
+        raise ValueError(
+            f"{view.rgb_path}: the picture has {size[0]}x{size[1]} pixels, its .pincam is for "
+            f"{view.width}x{view.height}; fetch pictures and intrinsics of the same size again"
+        )
+
+
+def _require_frames(frames: Path, video_id: str, times: set[int], pose_times: np.ndarray) -> None:
+    """Raise ValueError for intrinsics that have a pose, but no picture within their clock's millisecond.
+
+    times: milliseconds of the pictures. Catches frames of which picture and depth are both missing.
+    """
+    for ms in sorted(_list_frames(frames / "lowres_wide_intrinsics", video_id, ".pincam").values()):
+        if not times & {ms - 1, ms, ms + 1} and _match_pose(ms, pose_times) is not None:
+            path = frames / "lowres_wide" / f"{video_id}_{ms / 1000:.3f}.png"
+            raise ValueError(f"{path}: picture of posed intrinsics is missing; {FETCH_AGAIN}")
+
+
+def _list_frames(folder: Path, video_id: str, suffix: str = ".png") -> dict[str, int]:
+    """Milliseconds by file name of the files `<video_id>_<seconds><suffix>` in a folder."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: folder is missing; {FETCH_AGAIN}")
     frames = {}
     for path in folder.iterdir():
-        if path.suffix != ".png" or path.name.startswith("."):
+        if path.suffix != suffix or path.name.startswith("."):
             continue
         owner, _, seconds = path.stem.rpartition("_")
         try:
@@ -161,7 +189,7 @@ def _list_frames(folder: Path, video_id: str) -> dict[str, int]:
         except ValueError:
             time = np.nan
         if owner != video_id or not np.isfinite(time):
-            raise ValueError(f"{path}: expected the name {video_id}_<seconds>.png; a picture of another scene?")
+            raise ValueError(f"{path}: expected the name {video_id}_<seconds>{suffix}; a file of another scene?")
         frames[path.name] = _milliseconds(time)
     return frames
 

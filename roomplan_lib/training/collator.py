@@ -17,13 +17,12 @@ from roomplan_lib.config import DataConfig, PositionsConfig
 from roomplan_lib.geometry import resize_intrinsics, unproject
 from roomplan_lib.model.geometry_tokens import NUM_DEPTH_BINS, RECORD_WIDTH, normalise_records
 from roomplan_lib.model.positions import patch_lattice
-from roomplan_lib.samples import read_samples, resolve_image, sample_root
+from roomplan_lib.samples import check_record, read_samples, resolve_image, sample_root
 from roomplan_lib.samples.targets import response_text, sample_world_to_reference
 from roomplan_lib.scenes import load_depth, load_rgb
 from roomplan_lib.training.prompt import prompt_text
 
 IGNORE_INDEX = -100
-GEOMETRY_KEYS = ("R", "t", "K", "depth_hist")
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,14 +50,24 @@ class ViewSet:
 
 
 def load_samples(files: Iterable[str | Path]) -> list[Sample]:
-    """All samples of the files, in order. Raises ValueError for an empty list or a file without samples."""
+    """All samples of the files, in order.
+
+    Raises ValueError for a file without samples, and for the first record that is malformed or whose pictures are not
+    there, so that a run stops before its first step and not when it comes to them.
+    """
     samples = []
     for file in files:
         records = read_samples(file)
         if not records:
             raise ValueError(f"{file}: holds no samples")
-        root = sample_root(file)
-        samples += [Sample(record, root) for record in records]
+        root, seen = sample_root(file), set()
+        for number, record in enumerate(records, 1):
+            check_record(record, f"{file}:{number}")
+            for path in {*record["images"], *record.get("depths", ())} - seen:
+                seen.add(path)
+                if not resolve_image(root, path).is_file():
+                    raise ValueError(f"{file}:{number}: {root / path} is missing; fetch or render the scene again")
+            samples.append(Sample(record, root))
     return samples
 
 
@@ -140,9 +149,6 @@ class Collator:
         first = {sample.view_key: sample for sample in reversed(shown)}
         prompts, responses = [], []
         for sample in samples:
-            lacking = [k for k in GEOMETRY_KEYS if k not in (sample.record.get("geom_token") or GEOMETRY_KEYS)]
-            if lacking:
-                raise ValueError(f"scene {sample.record['scene_id']}: geom_token lacks {lacking}; prepare it again")
             text = prompt_text(
                 sample.record, self.tokenizer, 0 if blind else self.num_visual_tokens, self.data.visual_first
             )
