@@ -391,8 +391,7 @@ def _sink(shape: Shape, rng: np.random.Generator, color: str, style: str) -> str
     _fronts(
         shape, rng, (-w / 2 + 0.006, w / 2 - 0.006), (foot + 0.01, h - top - 0.006), d / 2 - 0.02, doors, 1, coat, False
     )
-    slab = _worktop(rng) if kitchen else CERAMIC
-    bowl = STEEL if kitchen else CERAMIC
+    slab, bowl = (_worktop(rng), STEEL) if kitchen else (coat, coat)  # a vanity is of one colour, seen from above too
     bw, by0, by1 = min(0.46, w * 0.62), -d / 2 + 0.12, d / 2 - 0.07  # the hole
     bx = rng.uniform(-1, 1) * (w / 2 - bw / 2 - 0.06) if kitchen else 0.0
     for low, high in (
@@ -408,7 +407,7 @@ def _sink(shape: Shape, rng: np.random.Generator, color: str, style: str) -> str
     shape.lathe([(0.025, 0), (0.025, 0.004), (0, 0.004)], DARK, (bx, (by0 + by1) / 2, h - depth), segments=8)
     _tap(shape, bx, by0 - 0.045, h, 0.17 if kitchen else 0.12, 0.24 if kitchen else 0.15)
     if not kitchen and rng.random() < 0.5:
-        shape.block((-w / 2, -d / 2, h), (w / 2, -d / 2 + 0.015, h + 0.08), CERAMIC)
+        shape.block((-w / 2, -d / 2, h), (w / 2, -d / 2 + 0.015, h + 0.08), coat)
     return style
 
 
@@ -484,7 +483,8 @@ def _bathtub(shape: Shape, rng: np.random.Generator, color: str, style: str) -> 
     style = _pick(rng, style, "built_in", "free_standing")
     w, d, h = rng.uniform(1.5, 1.75), rng.uniform(0.7, 0.8), rng.uniform(0.52, 0.6)
     tone = vary(rng, color)
-    outside, inside = material(tone, tone * 0.96), CERAMIC
+    # Views look down into a tub: were it white inside, its named colour would be the lesser part of what they see.
+    outside, inside = material(tone, tone * 0.96), material(0.85 * tone + 0.15, 0.85 * tone + 0.13)
     scale = (w / 2, d / 2)
     rim = h - 0.018
     if style == "built_in":

@@ -28,7 +28,7 @@ from roomplan_lib.scenes.rooms.plan import (
     wall_frame,
 )
 
-GENERATOR_VERSION = 1  # counts up when the same settings give other bytes
+GENERATOR_VERSION = 2  # counts up when the same settings give other bytes
 POSE_RATE = 10  # poses per second, as ARKitScenes has them
 _PNG_LEVEL = 1  # more costs time and saves little
 
