@@ -11,7 +11,8 @@ import numpy as np
 
 from roomplan_lib.scenes.rooms.shapes import PALETTE, Material, Shape, material, vary
 
-# Share of each main colour; a category only lists colours it is sold in.
+# Share of each main colour; a category only lists colours it is sold in. Builders keep to one rule: clearly most of
+# what any view sees of a piece has its named colour, from above and inside too.
 COLORS = {
     "cabinet": {"white": 4, "brown": 4, "gray": 2, "black": 1, "green": 1, "blue": 1, "red": 1, "yellow": 1},
     "refrigerator": {"white": 4, "gray": 4, "black": 2, "red": 1, "blue": 1, "green": 1, "pink": 1},
@@ -28,7 +29,7 @@ COLORS = {
     "stool": {"brown": 3, "white": 1, "black": 2, "red": 2, "yellow": 2, "green": 2, "blue": 2, "orange": 1},
     "chair": {"brown": 4, "black": 2, "white": 2, "red": 2, "blue": 2, "green": 2, "yellow": 2, "orange": 2, "gray": 1},
     "table": {"brown": 6, "white": 3, "black": 2, "gray": 1, "blue": 1},
-    "tv_monitor": {"black": 8, "gray": 1},
+    "tv_monitor": {"black": 1},  # the screen is what one sees
     "sofa": {"gray": 3, "blue": 3, "green": 2, "red": 2, "brown": 2, "yellow": 2, "purple": 2, "orange": 1, "pink": 1},
 }
 
@@ -43,7 +44,7 @@ CERAMIC = material((0.93, 0.93, 0.92), (0.90, 0.90, 0.90))
 class Piece:
     """One piece of furniture: middle of its footprint at the origin, standing on z = 0, its front towards +y.
 
-    size: [3] metres, tight. color: palette name of what one sees most of.
+    size: [3] metres, tight. color: palette name of clearly most of what one sees of it.
     """
 
     label: str
@@ -164,7 +165,7 @@ def _cabinet(shape: Shape, rng: np.random.Generator, color: str, style: str) -> 
     top = 0.035 if style == "base" else (0.0 if style == "upper" else 0.022)
     shape.block((-w / 2, -d / 2, foot), (w / 2, d / 2 - 0.02, h - top), body)
     if style == "base":
-        shape.block((-w / 2, -d / 2, h - top), (w / 2, d / 2 + 0.015, h), _worktop(rng))
+        shape.block((-w / 2, -d / 2, h - top), (w / 2, d / 2 + 0.015, h), _worktop(rng, color))
     elif top:
         shape.block((-w / 2 - 0.008, -d / 2, h - top), (w / 2 + 0.008, d / 2 + 0.01, h), coat)
     z = (foot + 0.012, h - top - 0.006)
@@ -188,9 +189,12 @@ def _cabinet(shape: Shape, rng: np.random.Generator, color: str, style: str) -> 
     return style
 
 
-def _worktop(rng: np.random.Generator) -> Material:
-    tone = [(0.30, 0.30, 0.31), (0.74, 0.72, 0.68), (0.58, 0.42, 0.27)][rng.integers(3)]
-    return material(tone, np.array(tone) * 0.72, "stone" if tone[2] > 0.3 else "wood", 0.8)
+def _worktop(rng: np.random.Generator, color: str) -> Material:
+    """Of the unit's own colour: seen from standing height it is a large part of a low unit."""
+    if color == "brown":
+        return _coat(rng, color, upright=False)
+    tone = vary(rng, color) * 0.95
+    return material(tone, tone * 0.85, "stone", 0.8)
 
 
 def _refrigerator(shape: Shape, rng: np.random.Generator, color: str, style: str) -> str:
@@ -231,7 +235,7 @@ def _shelf(shape: Shape, rng: np.random.Generator, color: str, style: str) -> st
     d = rng.uniform(0.26, 0.36)
     h = rng.uniform(0.75, 1.1) if style == "low" else rng.uniform(1.5, 2.0)
     coat = _coat(rng, color)
-    t = rng.uniform(0.022, 0.034)
+    t = rng.uniform(0.03, 0.04) if style == "ladder" else rng.uniform(0.022, 0.034)
     num_boards = max(3, round(h / 0.36) + 1)
     heights = np.linspace(0.06, h - t, num_boards)
     if style == "ladder":
@@ -253,11 +257,13 @@ def _shelf(shape: Shape, rng: np.random.Generator, color: str, style: str) -> st
         shape.block((-w / 2 + t, -d / 2 + 0.002, z), (w / 2 - t, d / 2 - 0.002, z + t), coat)
     room = heights[1] - heights[0] - t
     for z in heights[:-1]:
-        if rng.random() < 0.15:
+        if rng.random() < (0.35 if style == "ladder" else 0.15):
             continue
         x, end = -w / 2 + t + 0.02, w / 2 - t - 0.02
-        if rng.random() < 0.5:
-            end = x + (end - x) * rng.uniform(0.35, 0.9)
+        if style == "ladder":  # has no back and no sides: few books, or one sees more of them than of the shelf
+            end = x + (end - x) * rng.uniform(0.12, 0.28)
+        elif style == "low" or rng.random() < 0.6:
+            end = x + (end - x) * rng.uniform(0.3, 0.7)
         while x < end - 0.05:
             what = rng.random()
             if what < 0.90:  # a book
@@ -294,11 +300,11 @@ def _stove(shape: Shape, rng: np.random.Generator, color: str, style: str) -> st
     front = d / 2 - 0.03
     shape.block((-w / 2 + 0.01, front, 0.08), (w / 2 - 0.01, front + 0.02, 0.21), coat)  # drawer
     shape.block((-w / 2 + 0.01, front, 0.22), (w / 2 - 0.01, front + 0.025, h - 0.15), coat)  # oven door
-    shape.block((-w / 2 + 0.09, front + 0.02, 0.31), (w / 2 - 0.09, front + 0.029, h - 0.27), GLASS)
+    shape.block((-w / 2 + 0.13, front + 0.02, 0.38), (w / 2 - 0.13, front + 0.029, h - 0.28), GLASS)
     _handle(shape, 0, front + 0.025, h - 0.19, 0, CHROME, w * 0.8)
     shape.block((-w / 2, front, h - 0.14), (w / 2, front + 0.02, h - 0.02), coat)
     _knobs(shape, np.linspace(-w * 0.36, w * 0.36, 5), front + 0.02, h - 0.08, DARK if color != "black" else CHROME)
-    shape.block((-w / 2, -d / 2, h - 0.02), (w / 2, d / 2 - 0.01, h), DARK if style == "electric" else STEEL)
+    shape.block((-w / 2, -d / 2, h - 0.02), (w / 2, d / 2 - 0.01, h), coat)
     for x, y, r in ((-0.24, -0.2, 0.085), (0.24, -0.2, 0.105), (-0.24, 0.22, 0.105), (0.24, 0.22, 0.085)):
         at = (x * w, y * d - 0.02, h)
         if style == "gas":
@@ -307,7 +313,7 @@ def _stove(shape: Shape, rng: np.random.Generator, color: str, style: str) -> st
                 a, b = (r, 0.008) if k else (0.008, r)
                 shape.block((at[0] - a, at[1] - b, h + 0.018), (at[0] + a, at[1] + b, h + 0.032), DARK)
         else:
-            hot = material((0.30, 0.29, 0.29))
+            hot = material((0.30, 0.29, 0.29) if color != "gray" else (0.16, 0.16, 0.16))
             shape.lathe([(r, 0), (r, 0.004), (r * 0.72, 0.004), (r * 0.72, 0)], hot, at, segments=20)
             shape.lathe([(r * 0.45, 0), (r * 0.45, 0.004), (0, 0.004)], hot, at, segments=16)
     if rng.random() < 0.5:
@@ -323,7 +329,7 @@ def _bed(shape: Shape, rng: np.random.Generator, color: str, style: str) -> str:
     frame = _coat(rng, str(rng.choice(["brown", "brown", "white", "black", "gray"])), upright=False)
     head = rng.uniform(0.85, 1.2)
     back, foot = -length / 2, length / 2
-    if rng.random() < 0.3:  # upholstered headboard
+    if rng.random() < 0.5:  # upholstered headboard
         shape.cushion((-w / 2, back, 0.1), (w / 2, back + 0.11, head), _cloth(rng, color, 0), 0.18)
         inner = back + 0.10
     else:
@@ -342,7 +348,7 @@ def _bed(shape: Shape, rng: np.random.Generator, color: str, style: str) -> str:
     sheet = material((0.90, 0.90, 0.88), (0.83, 0.83, 0.82), "fabric", 0.5)
     shape.cushion((-w / 2 + 0.03, inner, deck - 0.02), (w / 2 - 0.03, foot - 0.01, top), sheet, 0.12)
     cover = _cloth(rng, color)
-    start = inner + rng.uniform(0.45, 0.62)
+    start = inner + rng.uniform(0.42, 0.5)
     drop = rng.uniform(0.05, 0.14)
     shape.cushion((-w / 2 - 0.015, start, deck - drop * 0.2), (w / 2 + 0.015, foot + 0.0, top + 0.055), cover, 0.16)
     shape.cushion(
@@ -350,7 +356,7 @@ def _bed(shape: Shape, rng: np.random.Generator, color: str, style: str) -> str:
     )  # turned edge
     for x in (0.0,) if style == "single" else (-w / 4, w / 4):
         half = min(0.36, w / (2.3 if style == "single" else 4.4))
-        case = sheet if rng.random() < 0.65 else _cloth(rng, color, 0)
+        case = sheet if rng.random() < 0.4 else _cloth(rng, color, 0)
         shape.cushion((x - half, inner + 0.02, top - 0.02), (x + half, inner + 0.40, top + 0.13), case, 0.55)
     return style
 
@@ -391,7 +397,8 @@ def _sink(shape: Shape, rng: np.random.Generator, color: str, style: str) -> str
     _fronts(
         shape, rng, (-w / 2 + 0.006, w / 2 - 0.006), (foot + 0.01, h - top - 0.006), d / 2 - 0.02, doors, 1, coat, False
     )
-    slab, bowl = (_worktop(rng), STEEL) if kitchen else (coat, coat)  # a vanity is of one colour, seen from above too
+    # A vanity is of one colour, seen from above too.
+    slab, bowl = (_worktop(rng, color), STEEL) if kitchen else (coat, coat)
     bw, by0, by1 = min(0.46, w * 0.62), -d / 2 + 0.12, d / 2 - 0.07  # the hole
     bx = rng.uniform(-1, 1) * (w / 2 - bw / 2 - 0.06) if kitchen else 0.0
     for low, high in (
@@ -531,12 +538,12 @@ def _oven(shape: Shape, rng: np.random.Generator, color: str, style: str) -> str
     top = 0.035 if style == "under_counter" else 0.0
     shape.block((-w / 2, -d / 2, 0.08), (w / 2, d / 2 - 0.03, h - top), coat)
     if top:
-        shape.block((-w / 2, -d / 2, h - top), (w / 2, d / 2 + 0.01, h), _worktop(rng))
+        shape.block((-w / 2, -d / 2, h - top), (w / 2, d / 2 + 0.01, h), _worktop(rng, color))
     front = d / 2 - 0.03
     shape.block((-w / 2 + 0.004, front, 0.09), (w / 2 - 0.004, front + 0.018, bottom - 0.006), coat)
     high = min(bottom + 0.6, h - top - 0.005)
     shape.block((-w / 2 + 0.004, front, bottom), (w / 2 - 0.004, front + 0.02, high - 0.11), coat)  # oven door
-    shape.block((-w / 2 + 0.07, front + 0.015, bottom + 0.07), (w / 2 - 0.07, front + 0.024, high - 0.2), GLASS)
+    shape.block((-w / 2 + 0.1, front + 0.015, bottom + 0.11), (w / 2 - 0.1, front + 0.024, high - 0.21), GLASS)
     _handle(shape, 0, front + 0.02, high - 0.15, 0, CHROME, w * 0.78)
     shape.block(
         (-w / 2 + 0.004, front, high - 0.105), (w / 2 - 0.004, front + 0.02, high), DARK if color != "black" else STEEL
@@ -554,7 +561,7 @@ def _dishwasher(shape: Shape, rng: np.random.Generator, color: str, style: str) 
     coat = _coat(rng, color)
     shape.block((-w / 2 + 0.02, -d / 2, 0), (w / 2 - 0.02, d / 2 - 0.07, 0.1), DARK)
     shape.block((-w / 2, -d / 2, 0.1), (w / 2, d / 2 - 0.03, h - 0.035), material(np.array(coat.color) * 0.9))
-    shape.block((-w / 2, -d / 2, h - 0.035), (w / 2, d / 2 + 0.01, h), _worktop(rng))
+    shape.block((-w / 2, -d / 2, h - 0.035), (w / 2, d / 2 + 0.01, h), _worktop(rng, color))
     front = d / 2 - 0.03
     shape.block((-w / 2 + 0.004, front, 0.11), (w / 2 - 0.004, front + 0.022, h - 0.17), coat)
     panel = DARK if color in ("gray", "white") else STEEL
@@ -572,7 +579,7 @@ def _fireplace(shape: Shape, rng: np.random.Generator, color: str, style: str) -
     w, d, h = rng.uniform(1.2, 1.6), rng.uniform(0.36, 0.46), rng.uniform(1.05, 1.3)
     tone = vary(rng, color)
     if color in ("red", "brown", "gray") and rng.random() < 0.75:
-        face = material(tone * 0.9, (0.72, 0.69, 0.64) if color != "gray" else (0.32, 0.32, 0.32), "bricks", 1.0)
+        face = material(tone * 0.9, 0.55 * tone + 0.28 if color != "gray" else (0.32, 0.32, 0.32), "bricks", 1.0)
     else:
         face = material(tone, tone * 0.85, "stone", 1.2)
     pillar, lintel = w * rng.uniform(0.2, 0.26), h * rng.uniform(0.58, 0.68)
@@ -582,7 +589,7 @@ def _fireplace(shape: Shape, rng: np.random.Generator, color: str, style: str) -
         shape.block((x0, -d / 2, 0.05), (x1, y, h - 0.08), face)
         shape.block((x0 - 0.01, -d / 2, 0.05), (x1 + 0.01, y + 0.02, 0.17), face)
     shape.block((-w / 2 * 0.94 + pillar, -d / 2, lintel), (w / 2 * 0.94 - pillar, y, h - 0.08), face)
-    mantel = face if rng.random() < 0.4 else _coat(rng, str(rng.choice(["white", "brown"])), upright=False)
+    mantel = face if rng.random() < 0.4 else _coat(rng, color, upright=False)
     shape.block((-w / 2 * 0.97, -d / 2, h - 0.08), (w / 2 * 0.97, y + 0.04, h - 0.045), mantel)
     shape.block((-w / 2, -d / 2, h - 0.045), (w / 2, y + 0.08, h), mantel)
     shape.block(
@@ -625,7 +632,7 @@ def _stool(shape: Shape, rng: np.random.Generator, color: str, style: str) -> st
     w = rng.uniform(0.32, 0.40)
     h = rng.uniform(0.62, 0.76) if style == "bar" else rng.uniform(0.43, 0.5)
     coat = _coat(rng, color, upright=False)
-    leg = coat if rng.random() < 0.5 else (CHROME if rng.random() < 0.5 else DARK)
+    leg = coat if style == "bar" or rng.random() < 0.6 else (CHROME if rng.random() < 0.5 else DARK)
     seat = coat if rng.random() < 0.6 else _cloth(rng, color, 0)
     if style == "square":
         shape.block((-w / 2, -w / 2, h - 0.045), (w / 2, w / 2, h), seat)
@@ -762,12 +769,7 @@ def _tv_monitor(shape: Shape, rng: np.random.Generator, color: str, style: str) 
     shape.block((-w / 2, y - t / 2, base), (w / 2, y + t / 2, base + h), frame)
     shape.block((-w * 0.3, y - t / 2 - 0.025, base + h * 0.2), (w * 0.3, y - t / 2, base + h * 0.75), DARK)
     edge = 0.014
-    on = rng.random() < 0.3
-    screen = (
-        material((0.10, 0.25, 0.45), (0.55, 0.65, 0.50), "painting", 1.6, emission=0.8)
-        if on
-        else material((0.035, 0.04, 0.05), (0.11, 0.12, 0.14), "screen", 2.0)
-    )
+    screen = material((0.035, 0.04, 0.05), (0.11, 0.12, 0.14), "screen", 2.0)  # off: on, it would have no one colour
     shape.block(
         (-w / 2 + edge, y + t / 2 - 0.002, base + edge), (w / 2 - edge, y + t / 2 + 0.002, base + h - edge), screen
     )

@@ -28,7 +28,7 @@ from roomplan_lib.scenes.rooms.plan import (
     wall_frame,
 )
 
-GENERATOR_VERSION = 2  # counts up when the same settings give other bytes
+GENERATOR_VERSION = 3  # counts up when the same settings give other bytes
 POSE_RATE = 10  # poses per second, as ARKitScenes has them
 _PNG_LEVEL = 1  # more costs time and saves little
 
@@ -53,7 +53,8 @@ def write_rooms(
     Returns the scene folders in order. A room that is there already with the same settings is kept; each is built
     beside its place and renamed when whole. The same arguments give the same bytes.
 
-    Raises ValueError for settings out of range and for a folder that holds a room made with other settings.
+    Raises ValueError for settings out of range and for a folder that holds a room made with other settings;
+    RuntimeError naming the room when making one fails (a full disk, for one).
     """
     output = Path(output)
     if not 0 <= num_rooms <= 10_000:
@@ -144,7 +145,16 @@ def _one_thread_each():
 
 
 def _write_room(folder: Path, settings: dict) -> None:
-    """Build, render and write one room: everything under a temporary name beside `folder`, renamed at the end."""
+    """Build, render and write one room. An error that another process raised must say in which room."""
+    try:
+        _make_and_write(folder, settings)
+    except Exception as error:
+        where = f"room {folder.name} (seed {settings['seed']}, index {settings['index']})"
+        raise RuntimeError(f"{where}: {type(error).__name__}: {error}") from error
+
+
+def _make_and_write(folder: Path, settings: dict) -> None:
+    """Everything goes under a temporary name beside `folder`, renamed at the end."""
     from roomplan_lib.scenes.rooms.camera import camera_path  # Open3D takes a second to import
     from roomplan_lib.scenes.rooms.render import RoomRenderer
 
