@@ -202,6 +202,25 @@ def resize_intrinsics(K: np.ndarray, old_size: tuple[int, int], new_size: tuple[
     return scaled
 
 
+def turn_camera(
+    K: np.ndarray, camera_to_world: np.ndarray, size: tuple[int, int], quarter_turns: int
+) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
+    """K [3, 3], camera_to_world [4, 4] and (width, height) of a picture turned counter-clockwise by quarter turns.
+
+    The picture turns as `np.rot90` does; the pixel of a world point turns with it.
+    """
+    K, camera_to_world = np.array(K, dtype=np.float64), np.array(camera_to_world, dtype=np.float64)
+    width, height = size
+    for _ in range(quarter_turns % 4):
+        # Pixel (u, v) moves to (v, width - 1 - u): the new x axis is the old y axis, the new y axis the old -x.
+        fx, fy, cx, cy = K[0, 0], K[1, 1], K[0, 2], K[1, 2]
+        K = np.array([[fy, 0.0, cy], [0.0, fx, width - 1 - cx], [0.0, 0.0, 1.0]])
+        axes = camera_to_world[:3, :3]
+        camera_to_world[:3, :3] = np.stack([axes[:, 1], -axes[:, 0], axes[:, 2]], axis=1)
+        width, height = height, width
+    return K, camera_to_world, (width, height)
+
+
 def unproject(depth: np.ndarray, K: np.ndarray, camera_to_world: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """World points of a depth image.
 

@@ -19,6 +19,7 @@ from roomplan_lib.geometry import (
     project_segments,
     resize_intrinsics,
     rotation_z,
+    turn_camera,
     unproject,
     world_to_reference,
 )
@@ -148,3 +149,18 @@ def test_segments_are_cut_at_the_near_plane():
     pixels, index = project_segments(segments, K, pose, near=0.5)
     assert index.tolist() == [0, 1]
     assert np.allclose(pixels[1], [[100, 50], [50 + 100 / 0.5, 50]])
+
+
+@pytest.mark.parametrize("turns", range(-1, 5))
+def test_a_turned_camera_sees_world_points_where_rot90_puts_their_pixels(turns):
+    rng = np.random.default_rng(3)
+    width, height = 7, 5
+    K = np.array([[6.0, 0, 2.6], [0, 5.5, 1.3], [0, 0, 1]])  # off-centre, fx != fy
+    pose = look_at(np.array([1.0, 2.0, 1.5]), np.array([-1.0, 0.5, 0.2]))
+    depth = rng.uniform(1, 3, (height, width)).astype(np.float32)
+    points, _ = unproject(depth, K, pose)
+    turned_K, turned_pose, size = turn_camera(K, pose, (width, height), turns)
+    turned_points, valid = unproject(np.rot90(depth, turns), turned_K, turned_pose)
+    assert size == np.rot90(depth, turns).shape[::-1] and valid.all()
+    np.testing.assert_allclose(turned_points, np.rot90(points, turns), atol=1e-12)
+    assert np.linalg.det(turned_pose[:3, :3]) == pytest.approx(1)

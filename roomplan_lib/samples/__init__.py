@@ -2,17 +2,27 @@
 
 Keys of a record (* = always there):
 
-    images*      [V] paths of the pictures, POSIX, relative to the manifest's `root`
+    images*      [V] paths of the pictures, POSIX, relative to the manifest's `root`; [] with `without_views`
     geom_token*  {R [V, 9], t [V, 3], K [V, 9], depth_hist [V, 16]}, or null (questions only). R, t: camera_to_world
-                 in the scene's own frame (row-major; metres). K: row-major, pixels of the stored picture.
+                 in the scene's own frame (row-major; metres). K: row-major, pixels of the picture set upright.
                  depth_hist: share of the valid depth pixels per bin of DEPTH_BIN_EDGES, all zero for a view without
                  depth
     task*        "place_anchor", "qa_existence", "qa_count", ...
     scene_id*
-    question + answer, or instruction + action_json (text of one JSON object, metres in the scene's own frame)
-    situation, answers, question_id, object_ids, view_ids, split, source
-    depths       [V] paths of the depth pictures, like images
+    question + answer, or instruction + action_json (text of one action or of a JSON array of actions, metres in the
+                 scene's own frame). "<box_0>" in a question stands for boxes[0]; the program writes it in the
+                 reference frame
+    situation, question_id, object_ids, view_ids, split, source
+    answers      every reference answer; [] where a test set hides them (then there is no `answer`: predicted on only)
+    depths       [V] paths of the depth pictures, like images; depth_scale: their units per metre (1000); depth_K
+                 [V, 9]: their own intrinsics, where those are not K scaled to their size
+    quarter_turns  [V] counter-clockwise turns by 90 degrees that set each stored picture upright (0)
     boxes        [{label, center [3], extent [3], rotation [9] row-major, object_id}] of the instances asked for
+    agent        {position [3], facing [3]}: where the situation's speaker stands and looks, scene's frame
+    view_set     number of the scene's view set, from 0, where it was prepared with several; each epoch draws one
+    coverage     share of the seen voxels that the views show; baseline_m: largest distance between two cameras
+    without_views  true: written without the scans, for text-only use; geom_token is null, training refuses it
+    eval_type, question_type, protocol   what an official evaluation groups by
 """
 
 from __future__ import annotations
