@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -17,6 +22,9 @@ CATEGORIES = (
     "oven", "dishwasher", "fireplace", "stool", "chair", "table", "tv_monitor", "sofa",
 )  # fmt: skip
 MAX_PIXELS = 50_000_000  # a larger picture in a scene folder is a mistake or an attack
+PICTURE_FORMATS = ("PNG", "JPEG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # others only widen what a bad file can reach
+PICTURE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)  # what Pillow raises for those
+MISSING_DEPTH = 65535
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +87,7 @@ class Scene:
     source: str  # the reader: "arkitscenes", ...
     split: str = ""  # train, val, test or "" when the folder does not tell
     visit_id: str = ""  # scans of one visit show the same room
-    mesh_path: Path | None = None
+    mesh_path: Path | None = None  # vertices in the scene's world, or in the frame of metadata["mesh_to_world"]
     colors: dict[str, str] = field(default_factory=dict)  # colour name by object_id, where a sidecar tells
     surfaces: list[Surface] = field(default_factory=list)  # walls, doors, windows, openings, floors, where known
     attributes: dict[str, dict] = field(default_factory=dict)  # by object_id: what the source says of a box besides
@@ -87,31 +95,118 @@ class Scene:
 
 
 def load_rgb(path: Path, quarter_turns: int = 0) -> np.ndarray:
-    """uint8 [H, W, 3] of any picture Pillow reads, turned counter-clockwise. Raises ValueError that names the file."""
-    return np.rot90(np.asarray(_open_picture(path).convert("RGB")), quarter_turns)
-
-
-def load_depth(path: Path, quarter_turns: int = 0, scale: float = 1000.0) -> np.ndarray:
-    """float32 [H, W] metres of a 16-bit PNG with `scale` units per metre, 0 = missing; turned counter-clockwise.
+    """uint8 [H, W, 3] of a picture in one of PICTURE_FORMATS, turned counter-clockwise.
 
     Raises ValueError that names the file.
     """
-    picture = _open_picture(path)
-    if picture.mode not in ("I;16", "I"):
+    return np.rot90(np.asarray(open_picture(path).convert("RGB")), quarter_turns)
+
+
+def load_depth(path: Path, quarter_turns: int = 0, scale: float = 1000.0) -> np.ndarray:
+    """float32 [H, W] metres of a 16-bit PNG or PGM with `scale` units per metre; turned counter-clockwise.
+
+    0 = missing; the largest number, which no depth camera reaches, is how some recordings (7-Scenes) say missing.
+    Raises ValueError that names the file.
+    """
+    picture = open_picture(path)
+    if picture.mode not in ("I;16", "I;16B", "I"):
         raise ValueError(f"{path}: expected a 16-bit depth image in millimetres, got mode {picture.mode}")
-    return np.rot90(np.asarray(picture).astype(np.float32) / np.float32(scale), quarter_turns)
+    stored = np.asarray(picture).astype(np.float32)
+    stored[stored >= MISSING_DEPTH] = 0
+    return np.rot90(stored / np.float32(scale), quarter_turns)
 
 
-def _open_picture(path: Path) -> Image.Image:
-    try:
+def open_picture(file: Path | BinaryIO, name: str = "", decode: bool = True) -> Image.Image:
+    """The picture of a file, decoded unless told otherwise; nothing larger than MAX_PIXELS is decoded.
+
+    name: what messages call it, the path when left out. Raises ValueError for whatever is no good picture.
+    """
+    name = name or str(file)
+    with picture_errors(name):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is stricter
-            picture = Image.open(path)
-        if picture.width * picture.height > MAX_PIXELS:
-            raise ValueError(f"{path}: {picture.width}x{picture.height} pixels, more than {MAX_PIXELS} are refused")
-        picture.load()
-    except FileNotFoundError:
-        raise ValueError(f"{path}: picture is missing") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: cannot read the picture ({error}); fetch or render it again") from None
+            picture = Image.open(file, formats=PICTURE_FORMATS)
+        fits = picture.width * picture.height <= MAX_PIXELS
+        if fits and decode:
+            picture.load()
+    if not fits:
+        raise ValueError(f"{name}: {picture.width}x{picture.height} pixels, more than {MAX_PIXELS} are refused")
     return picture
+
+
+@contextmanager
+def picture_errors(name: str) -> Iterator[None]:
+    """Turns what Pillow raises for a missing or bad picture into one ValueError that names it."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise ValueError(f"{name}: picture is missing") from None
+    except (*PICTURE_ERRORS, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name}: cannot read the picture ({error}); fetch or render it again") from None
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """(width, height) in pixels from the header alone. Raises ValueError as `open_picture` does."""
+    with open_picture(path, decode=False) as picture:
+        return picture.size
+
+
+def path_below(root: Path, relative: str) -> Path:
+    """`root / relative` for a path that a file of others names.
+
+    Raises ValueError for one that is absolute or climbs out of `root`.
+    """
+    parts = PurePosixPath(relative)
+    if parts.is_absolute() or ".." in parts.parts or "\\" in relative or "\0" in relative or not parts.parts:
+        raise ValueError(
+            f"{relative!r:.99}: expected a path below {root}, without `..`, absolute starts or backslashes"
+        )
+    return Path(root) / parts
+
+
+def open_scene(path: Path | str) -> Scene:
+    """Read a scene in whatever layout lies at `path`, told by the names of the files (of JSON by its keys).
+
+    A folder: one scene of ScanNet (scan or exported pictures) or of ARKitScenes, RGB-D pictures with poses (7-Scenes,
+    3DMatch, Redwood, TUM), or plain pictures. A file: an Apple CapturedRoom (JSON), or a list of pictures (JSON, text).
+    Raises ValueError for anything else, with what to do or what was looked for.
+    """
+    from roomplan_lib.scenes import arkitscenes, pictures, rgbd, scannet  # the readers import this package
+
+    path = Path(path).absolute()
+    if path.is_file():
+        return _open_file(path)
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such file or folder")
+    if scannet.is_scene(path):
+        return scannet.read_scene(path)
+    if rgbd.layout_of(path):
+        return rgbd.read_scene(path)
+    for reader in (arkitscenes, scannet):
+        found = reader.find_scenes(path)
+        if found == [path]:
+            return reader.read_scene(path)
+        if found:
+            raise ValueError(f"{path}: holds {len(found)} scenes; open one of them, such as {found[0]}")
+    if pictures.find_pictures(path):
+        return pictures.read_pictures(path)
+    raise ValueError(
+        f"{path}: no scene found. Looked for ScanNet (<id>.aggregation.json, <id>_vh_clean_2.ply, color/ and pose/, "
+        "intrinsic.txt), ARKitScenes (lowres_wide, <id>_3dod_annotation.json), RGB-D pictures (frame-*.pose.txt, "
+        "trajectory.log, groundtruth.txt) and plain pictures"
+    )
+
+
+def _open_file(path: Path) -> Scene:
+    from roomplan_lib.scenes import pictures, roomplan, scannet
+    from roomplan_lib.scenes.text import read_json
+
+    if path.suffix == ".sens":
+        raise ValueError(scannet.export_first(path))
+    if path.suffix == ".pkl":
+        raise ValueError(f"{path}: infos of many scenes; read them with roomplan_lib.scenes.embodiedscan.read_infos")
+    if path.suffix == ".json" and roomplan.is_captured_room(read_json(path)):
+        return roomplan.read_captured_room(path)
+    if path.suffix in (".json", ".txt"):
+        return pictures.read_pictures(path)
+    raise ValueError(f"{path}: expected a CapturedRoom (.json), a list of pictures (.json, .txt) or a scene's folder")
