@@ -259,7 +259,7 @@ def test_an_error_names_the_room(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("roomplan_lib.scenes.rooms.write._write_ply", fail)
+    monkeypatch.setattr("roomplan_lib.scenes.rooms.write.write_ply", fail)
     with pytest.raises(RuntimeError, match=r"room 80030000 \(seed 3, index 0\): OSError: No space left"):
         write_rooms(tmp_path, 1, seed=3, **SETTINGS | {"num_poses": 1})
 

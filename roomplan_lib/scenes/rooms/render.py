@@ -109,10 +109,11 @@ class RoomRenderer:
         )
         return depth, face, albedo * np.where(emission > 0, emission, light)
 
-    def colored_mesh(self, edge: float = 0.12) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def colored_mesh(self, edge: float = 0.12) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """The room as a mesh with lit vertex colours; faces are cut to about `edge` metres.
 
-        Returns vertices float32 [V, 3] (room frame), colours uint8 [V, 3], triangles int32 [T, 3].
+        Returns vertices float32 [V, 3] (room frame), colours uint8 [V, 3], triangles int32 [T, 3] and the face [V] that
+        each vertex lies on.
         """
         grid = _FaceGrid(self.faces, edge)
         points, _ = grid.points_and_normals(inset=0.0)
@@ -123,7 +124,7 @@ class RoomRenderer:
         triangles = grid.triangles()
         p = points[triangles]
         area = np.linalg.norm(np.cross(p[:, 1] - p[:, 0], p[:, 2] - p[:, 0]), axis=1)
-        return points, rgb, triangles[area > 1e-10]
+        return points, rgb, triangles[area > 1e-10], grid.owner
 
 
 class _FaceGrid:
