@@ -311,7 +311,11 @@ class RoomPlanVLM(PreTrainedModel, GenerationMixin):
             return embeddings
         return embeddings.masked_scatter(is_placeholder[..., None], visual_tokens.to(embeddings.dtype))
 
-    def _inputs(self, input_ids: Tensor, scene_index: Tensor | None, views: dict) -> Tensor:
+    def prompt_embeddings(self, input_ids: Tensor, scene_index: Tensor | None, views: dict) -> Tensor:
+        """What the language model reads, [B, T, D]: embeddings of input_ids with the encoded views in their places.
+
+        For generation by other means than `generate`; arguments as there.
+        """
         tokens = None
         if views.get("pixel_values") is not None:
             tokens = self.encode_views(**views)[scene_index]  # each set encoded once, shared by its samples
@@ -333,7 +337,7 @@ class RoomPlanVLM(PreTrainedModel, GenerationMixin):
         num_items_in_batch (their number in the whole optimizer step), or by their number here.
         """
         hidden = self.language_model.get_decoder()(
-            inputs_embeds=self._inputs(input_ids, scene_index, views),
+            inputs_embeds=self.prompt_embeddings(input_ids, scene_index, views),
             attention_mask=attention_mask,
             position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
             use_cache=False,
@@ -356,9 +360,8 @@ class RoomPlanVLM(PreTrainedModel, GenerationMixin):
         The prompt passes through the same `embed` as in training; the rest is `generate` of the language model, which
         takes kwargs (`max_new_tokens`, `cache_implementation="static"`, `logits_processor`, ...).
         """
-        return self.language_model.generate(
-            inputs_embeds=self._inputs(input_ids, scene_index, views), attention_mask=attention_mask, **kwargs
-        )
+        prompt = self.prompt_embeddings(input_ids, scene_index, views)
+        return self.language_model.generate(inputs_embeds=prompt, attention_mask=attention_mask, **kwargs)
 
     # ------------------------------------------------------------------ files
     def _stored_state(self, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

@@ -1,0 +1,459 @@
+"""Constrained decoding: a language model writes nothing but texts of a grammar, and what has no choice is not asked.
+
+A `GrammarEngine` wraps a tokenizer once; it gives each row of a batch its own place in its own grammar, and these go
+to `generate_constrained` (the whole generation, forced tokens without forward passes of their own) or into a
+`GrammarProcessor` (for `generate` of transformers, one forward pass a token). This module imports torch; the rest of
+`roomplan_lib.actions` does not.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import llguidance
+import llguidance.hf
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from roomplan_lib.actions.spec import VERBS, PlanRoom
+
+ENGINES = ("llguidance", "xgrammar", "none")
+# Settings of transformers' `generate` that forbid tokens a grammar may need, and the values that switch them off. Of
+# valid actions with two decimals 70 % repeat some four tokens, so no_repeat_ngram_size=4 makes them unreachable.
+_EXCLUDED = {
+    "repetition_penalty": (None, 1.0),
+    "no_repeat_ngram_size": (None, 0),
+    "min_length": (None, 0),
+    "min_new_tokens": (None, 0),
+    "bad_words_ids": (None,),
+    "suppress_tokens": (None,),
+    "num_beams": (None, 1),
+}
+_JSON_PART = re.compile(
+    r'"(?P<key>[^"\\]*)":|(?P<open>[\[{])|(?P<close>[\]}])|"(?P<string>[^"\\]*)"|(?P<number>-?\d[\d.]*)'
+)
+_KEPT = 256  # compiled grammars; scenes or categories that are bound per sample make many
+_SCORED = 64  # tokens whose logits are made float32 at once: 39 MB for Qwen3's
+
+
+class GrammarEngine:
+    """A tokenizer made ready for one engine; made once (about a second for Qwen3's), used for every batch.
+
+    name: llguidance, xgrammar or none (no grammar is enforced). num_logits: columns of the model's logits, which may be
+    more than the tokenizer has tokens. `grammar_kind` says which form of grammar `matchers` expects: lark or gbnf.
+    Raises ValueError for an unknown name and where xgrammar is not installed.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, num_logits: int, name: str = "llguidance") -> None:
+        if name not in ENGINES:
+            raise ValueError(f"engine: expected one of {', '.join(ENGINES)}, got {name!r}")
+        if num_logits < len(tokenizer):
+            raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model's logits only {num_logits} columns")
+        self.name, self.tokenizer, self.num_logits = name, tokenizer, num_logits
+        self.grammar_kind = "gbnf" if name == "xgrammar" else "lark"
+        self._compiled: dict = {}  # by grammar
+        if name == "llguidance":
+            self._wrapped = llguidance.hf.from_tokenizer(tokenizer, num_logits, tokenizer.eos_token_id)
+        elif name == "xgrammar":
+            try:
+                import xgrammar
+            except ImportError as error:
+                raise ValueError(f"engine xgrammar is not installed ({error}); pip install xgrammar") from None
+            info = xgrammar.TokenizerInfo.from_huggingface(
+                tokenizer, vocab_size=num_logits, stop_token_ids=[tokenizer.eos_token_id]
+            )
+            self._wrapped = xgrammar.GrammarCompiler(info)
+
+    def matchers(self, grammars: Sequence[str | None]) -> list[Matcher | None]:
+        """One matcher per row, at the start of its grammar; None for a row without grammar, or with engine none.
+
+        Rows with the same text share its compilation. Raises ValueError for a grammar that does not compile.
+        """
+        return [None if text is None or self.name == "none" else self._start(text) for text in grammars]
+
+    def _start(self, grammar: str) -> Matcher:
+        if grammar not in self._compiled:
+            if len(self._compiled) == _KEPT:
+                self._compiled.clear()
+            self._compiled[grammar] = self._compile(grammar)
+        compiled = self._compiled[grammar]
+        if self.name == "xgrammar":
+            return XGrammarMatcher(compiled, self.tokenizer)
+        return LLGuidanceMatcher(compiled.deep_copy())
+
+    def _compile(self, grammar: str):
+        if self.name == "xgrammar":
+            try:
+                return self._wrapped.compile_grammar(grammar)
+            except RuntimeError as error:
+                raise ValueError(f"xgrammar: {error}") from None
+        compiled = llguidance.LLMatcher(self._wrapped, grammar, log_level=0)
+        if compiled.is_error():
+            raise ValueError(f"llguidance: {compiled.get_error()}")
+        return compiled
+
+
+class LLGuidanceMatcher:
+    """One row's place in its grammar, by llguidance. Text without a choice has one tokenisation: the canonical one."""
+
+    def __init__(self, matcher: llguidance.LLMatcher) -> None:
+        self._matcher = matcher
+
+    def forced(self) -> list[int]:
+        """The tokens that follow whatever the model thinks, as far as they are known; empty where it has a choice."""
+        return self._matcher.compute_ff_tokens()
+
+    def accept(self, token: int) -> None:
+        """Moves on by one token, which must be allowed."""
+        if not self._matcher.consume_token(token):
+            raise ValueError(f"token {token} is not allowed here: {self._matcher.get_error().splitlines()[0]:.200}")
+
+    def fill(self, bits: np.ndarray) -> None:
+        """Writes the allowed tokens into `bits` [num_logits / 32, rounded up] int32, one bit each, lowest first.
+
+        Once the grammar is complete that is the end-of-sequence token, and nothing else where no text may follow.
+        """
+        self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+        if self._matcher.is_error():  # of its limits; what is complete is none
+            raise ValueError(f"llguidance: {self._matcher.get_error().splitlines()[0]:.200}")
+
+
+class XGrammarMatcher:
+    """The same by xgrammar, which would allow any tokenisation of text without a choice: here it is the canonical."""
+
+    def __init__(self, compiled, tokenizer: PreTrainedTokenizerBase) -> None:
+        import xgrammar
+
+        self._matcher = xgrammar.GrammarMatcher(compiled)
+        self._tokenizer = tokenizer
+        self._ahead: list[int] = []  # forced and not accepted yet
+
+    def forced(self) -> list[int]:
+        if not self._ahead:
+            text = self._matcher.find_jump_forward_string()
+            tokens = self._tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+            self._ahead = tokens[:-1]  # the last one may grow together with what follows
+        return list(self._ahead)
+
+    def accept(self, token: int) -> None:
+        if not self._matcher.accept_token(token):
+            raise ValueError(f"token {token} is not allowed here")
+        self._ahead = self._ahead[1:]
+
+    def fill(self, bits: np.ndarray) -> None:
+        if forced := self.forced():
+            bits[:] = 0
+            bits[forced[0] // 32] = np.uint32(1 << forced[0] % 32).astype(np.int32)
+        else:
+            self._matcher.fill_next_token_bitmask(bits[None], 0)
+
+
+Matcher = LLGuidanceMatcher | XGrammarMatcher
+
+
+def allowed_tokens(matchers: Sequence[Matcher | None], num_logits: int, device: torch.device | str = "cpu") -> Tensor:
+    """[B, num_logits] bool: what each row's grammar allows next; everything for a row without one."""
+    bits = np.full((len(matchers), -(-num_logits // 32)), -1, np.int32)
+    for row, matcher in zip(bits, matchers, strict=True):
+        if matcher is not None:
+            matcher.fill(row)
+    packed = torch.from_numpy(bits.view(np.uint8)).to(device)
+    bit = torch.arange(8, dtype=torch.uint8, device=device)
+    return (packed[..., None] >> bit & 1).flatten(1)[:, :num_logits].bool()
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What the rows of a batch wrote, up to and with their end-of-sequence token; [B, T] each, on the CPU.
+
+    ids: int64, padded behind the end; log_probs: float32, natural log-probability of each token under the model alone
+    (no grammar, temperature 1); forced: bool, tokens that the grammar left no choice about; preferred: bool, tokens
+    that the model alone rates highest, so that a finished row whose tokens are all preferred is what greedy decoding
+    writes without a grammar too. Padding has 0 and False.
+    num_tokens: [B], without padding; finished: [B] bool, false for rows that ran out of tokens;
+    num_forward_passes: of the language model, the prompt's included.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    forced: Tensor
+    preferred: Tensor
+    num_tokens: Tensor
+    finished: Tensor
+    num_forward_passes: int
+
+
+@torch.no_grad()
+def generate_constrained(
+    language_model: nn.Module,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor,
+    engine: GrammarEngine,
+    grammars: Sequence[str | None],
+    *,
+    max_new_tokens: int | None = None,
+    jump_forward: bool = True,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Generation:
+    """Texts of each row's grammar after prompts padded on the left; a row without a grammar (None) is free.
+
+    language_model: a causal language model of transformers; inputs_embeds [B, T, D], attention_mask [B, T]: for a
+    RoomPlanVLM its `language_model` and `prompt_embeddings(...)`; engine and grammars [B]: see `GrammarEngine`.
+    jump_forward: a row's forced tokens pass through the language model together with the token before them. Rows jump
+    by different lengths, so the cache has holes, which are masked; positions are counted without them. Without it
+    there is one forward pass a token, and the same result.
+    max_new_tokens: None for all that the model has positions for; every grammar of the action language ends by itself.
+    do_sample, temperature, top_k (0: all), top_p: as in transformers, on what the grammar allows.
+    Raises ValueError when the model's generation_config holds a setting that a grammar excludes, or for jump_forward
+    with layers of other than full attention, where holes would count.
+    """
+    matchers = engine.matchers(grammars)
+    constrained = any(matcher is not None for matcher in matchers)
+    if constrained:
+        refuse_excluded(language_model.generation_config)
+    kinds = set(getattr(language_model.config, "layer_types", None) or ()) - {"full_attention"}
+    if jump_forward and kinds:
+        raise ValueError(f"the language model has layers of {sorted(kinds)}; generate with jump_forward=False")
+    if max_new_tokens is None:
+        max_new_tokens = language_model.config.max_position_embeddings - inputs_embeds.shape[1]
+    if max_new_tokens < 1:
+        prompt = f"behind a prompt of {inputs_embeds.shape[1]} tokens"
+        raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens} {prompt}")
+    warpers = LogitsProcessorList()
+    if do_sample:
+        warpers += [TemperatureLogitsWarper(temperature)] if temperature != 1 else []
+        warpers += [TopKLogitsWarper(top_k)] if top_k else []
+        warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+
+    eos_token_id, pad_token_id = engine.tokenizer.eos_token_id, engine.tokenizer.pad_token_id
+    device = inputs_embeds.device
+    rows = [_Row(i, matcher) for i, matcher in enumerate(matchers)]
+    active = rows
+    positions = attention_mask.sum(1, keepdim=True)  # of each row's next token
+    cache = DynamicCache(config=language_model.config)
+    num_forward_passes = 0
+    while active:
+        # One forward pass over each row's chosen token and the forced ones behind it.
+        if jump_forward:
+            for row in active:
+                row.jump(max_new_tokens)
+        width, longest = max(len(row.fed) for row in rows), max(len(row.jumped) for row in rows)
+        ids = torch.tensor([row.fed + [pad_token_id] * (width - len(row.fed)) for row in rows]).long().to(device)
+        lengths = torch.tensor([[len(row.fed)] for row in rows]).to(device)
+        steps = torch.arange(width, device=device)
+        attention_mask = torch.cat([attention_mask, (steps < lengths).to(attention_mask)], 1)
+        if num_forward_passes == 0:
+            new = language_model.get_input_embeddings()(ids).to(inputs_embeds)
+            inputs = {"inputs_embeds": torch.cat([inputs_embeds, new], 1)}
+            inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        else:
+            inputs = {"input_ids": ids, "position_ids": positions + steps}
+        logits = language_model(
+            **inputs,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=longest + 1,
+        ).logits  # [B, longest + 1, num_logits]; column j follows a row's chosen token and j of its forced ones
+        positions = positions + lengths
+        num_forward_passes += 1
+        jumped = [(row, column, token) for row in rows for column, token in enumerate(row.jumped)]
+        _write(jumped, logits, [True] * len(jumped))
+
+        # One chosen token for each row that has room for it.
+        columns = [len(row.jumped) for row in rows]
+        for row in rows:
+            row.fed, row.jumped = [], []
+        active = [row for row in active if len(row.ids) < max_new_tokens]
+        if not active:
+            break
+        scores = logits[[row.index for row in active], [columns[row.index] for row in active]].float()
+        forced = [False] * len(active)
+        if constrained:
+            allowed = allowed_tokens([row.matcher for row in active], scores.shape[-1], device)
+            forced = (allowed.sum(1) == 1).tolist()
+            scores = scores.masked_fill(~allowed, -math.inf)
+        if do_sample:
+            probabilities = warpers(None, scores).softmax(-1)
+            tokens = torch.multinomial(probabilities, 1, generator=generator)[:, 0].tolist()
+        else:
+            tokens = scores.argmax(-1).tolist()
+        chosen = [(row, columns[row.index], token) for row, token in zip(active, tokens, strict=True)]
+        _write(chosen, logits, forced)
+        for row, _, token in chosen:
+            row.finished = token == eos_token_id
+            if row.matcher is not None:
+                row.matcher.accept(token)
+            if not row.finished and len(row.ids) < max_new_tokens:
+                row.fed = [token]
+        active = [row for row in active if row.fed]
+    return _collect(rows, pad_token_id, num_forward_passes)
+
+
+@dataclass(eq=False)
+class _Row:
+    """A row in the making. fed: tokens of its next forward pass, the last ones of them `jumped`, that is forced."""
+
+    index: int
+    matcher: Matcher | None
+    fed: list[int] = field(default_factory=list)
+    jumped: list[int] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    forced: list[bool] = field(default_factory=list)
+    preferred: list[bool] = field(default_factory=list)
+    finished: bool = False
+
+    def jump(self, max_new_tokens: int) -> None:
+        """Moves on over all forced tokens, as far as there is room."""
+        while self.matcher is not None and (forced := self.matcher.forced()):
+            room = max_new_tokens - len(self.ids) - len(self.jumped)
+            if not room:
+                break
+            for token in forced[:room]:
+                self.matcher.accept(token)
+            self.jumped += forced[:room]
+            self.fed = self.fed + forced[:room]
+
+
+def _write(places: list[tuple[_Row, int, int]], logits: Tensor, forced: list[bool]) -> None:
+    """Appends tokens to their rows, with what the bare logits [B, columns, num_logits] at (row, column) say of them."""
+    for start in range(0, len(places), _SCORED):
+        part = places[start : start + _SCORED]
+        at = [row.index for row, _, _ in part], [column for _, column, _ in part]
+        bare = logits[at].float()
+        tokens = torch.tensor([token for _, _, token in part], device=bare.device)
+        log_probs = bare.gather(1, tokens[:, None])[:, 0] - bare.logsumexp(-1)
+        preferred = bare.argmax(-1) == tokens
+        scored = zip(part, log_probs.tolist(), preferred.tolist(), forced[start:], strict=False)
+        for (row, _, token), log_prob, is_preferred, is_forced in scored:
+            row.ids.append(token)
+            row.log_probs.append(log_prob)
+            row.preferred.append(is_preferred)
+            row.forced.append(is_forced)
+
+
+def _collect(rows: list[_Row], pad_token_id: int, num_forward_passes: int) -> Generation:
+    width = max(len(row.ids) for row in rows)
+
+    def padded(name: str, fill) -> Tensor:
+        return torch.tensor([getattr(row, name) + [fill] * (width - len(row.ids)) for row in rows])
+
+    return Generation(
+        ids=padded("ids", pad_token_id),
+        log_probs=padded("log_probs", 0.0),
+        forced=padded("forced", False),
+        preferred=padded("preferred", False),
+        num_tokens=torch.tensor([len(row.ids) for row in rows]),
+        finished=torch.tensor([row.finished for row in rows]),
+        num_forward_passes=num_forward_passes,
+    )
+
+
+def refuse_excluded(settings: GenerationConfig) -> None:
+    """Raises ValueError when `settings` hold one that forbids tokens a grammar may need."""
+    for name, off in _EXCLUDED.items():
+        if (value := getattr(settings, name, None)) not in off:
+            raise ValueError(
+                f"generation_config.{name} is {value}, which forbids tokens that a grammar may leave as the only ones: "
+                f"most actions repeat runs of tokens; set it to {off[-1]} to decode with a grammar"
+            )
+
+
+class GrammarProcessor(LogitsProcessor):
+    """The grammars of a batch for one call of `generate` of transformers, which makes one forward pass a token.
+
+    grammars: as in `GrammarEngine.matchers`; with num_return_sequences k, each k times. Right with `inputs_embeds`,
+    whose input_ids begin with no column, and with prompts of ids. settings: the model's generation_config, with what
+    `generate` is called with. Raises ValueError when that excludes a grammar, and for reuse and for beam search, which
+    moves rows.
+    """
+
+    def __init__(self, engine: GrammarEngine, grammars: Sequence[str | None], settings: GenerationConfig) -> None:
+        self._matchers = engine.matchers(grammars)
+        if any(matcher is not None for matcher in self._matchers):
+            refuse_excluded(settings)
+        self._eos_token_id = engine.tokenizer.eos_token_id
+        self._seen: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if len(input_ids) != len(self._matchers):
+            raise ValueError(f"{len(self._matchers)} grammars for a batch of {len(input_ids)} rows")
+        if self._seen is not None:
+            if input_ids.shape[1] != self._seen.shape[1] + 1 or not torch.equal(input_ids[:, :-1], self._seen):
+                raise ValueError("a GrammarProcessor serves one call of generate, without beams; make a new one")
+            for i, token in enumerate(input_ids[:, -1].tolist()):
+                if self._matchers[i] is not None:
+                    self._matchers[i].accept(token)
+                    if token == self._eos_token_id:
+                        self._matchers[i] = None  # `generate` pads the row from here on
+        self._seen = input_ids
+        scores = scores.masked_fill(~allowed_tokens(self._matchers, scores.shape[-1], scores.device), -math.inf)
+        if scores.isneginf().all(1).any():
+            raise ValueError("no token is left: another logits processor forbids what the grammar asks for; remove it")
+        return scores
+
+
+def confidences(generation: Generation, tokenizer: PreTrainedTokenizerBase) -> list[list[float]]:
+    """Per row the model's confidence in each action of its text, in order: exp(mean log p) of tokens in its values.
+
+    Values are the numbers and strings of the action, but for its verb and scene; what was forced does not count. An
+    action without a token that counts has confidence 1: there was nothing to choose.
+    """
+    found = []
+    for row, count in enumerate(generation.num_tokens.tolist()):
+        pieces = [tokenizer.decode([token]) for token in generation.ids[row, :count].tolist()]
+        ends = np.cumsum([len(piece) for piece in pieces], dtype=int)
+        log_probs, free = generation.log_probs[row, :count].numpy(), ~generation.forced[row, :count].numpy()
+        actions, values = _find_values("".join(pieces))
+        scores = []
+        for start, end in actions:
+            inside = np.zeros(count, bool)
+            for first, last in values:
+                if start <= first and last <= end:  # the tokens that share a character with it
+                    inside[np.searchsorted(ends, first, "right") : np.searchsorted(ends, last, "left") + 1] = True
+            counted = log_probs[inside & free]
+            scores.append(math.exp(counted.mean()) if len(counted) else 1.0)
+        found.append(scores)
+    return found
+
+
+def _find_values(text: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """(first character, end) of each action in a text of the language, a plan's own bracket not among them, and of each
+    of their values.
+
+    An action is an object, or an array that begins with a string (the row form).
+    """
+    key, opened, actions, values = "", [], [], []
+    for match in _JSON_PART.finditer(text):
+        kind, start = match.lastgroup, match.start()
+        if kind == "key":
+            key = match["key"]
+        elif kind == "open":
+            opened.append(start if text[start] == "{" or text[start + 1 : start + 2] == '"' else None)
+        elif kind == "close":
+            if opened and (start := opened.pop()) is not None:
+                actions.append((start, match.end()))
+        elif match["string"] == PlanRoom.verb:
+            opened[-1:] = [None]
+        elif match["string"] not in VERBS and key != "scene":
+            values.append(match.span(kind))
+    return actions, values
