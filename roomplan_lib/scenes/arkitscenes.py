@@ -7,34 +7,51 @@
         lowres_wide_intrinsics/<video_id>_<seconds>.pincam    width height fx fy cx cy
         lowres_wide.traj                                  seconds rx ry rz tx ty tz: world_to_camera, axis-angle
     <video_id>/<video_id>_3dod_annotation.json, _3dod_mesh.ply, and for rendered rooms _room.json
-    <root>/{metadata,3dod_train_val_splits,raw_train_val_splits}.csv                video_id,visit_id,...,fold
+    <root>/{metadata,3dod_train_val_splits,raw_train_val_splits}.csv    video_id,visit_id[,sky_direction],fold
 
 The meaning of every field follows the data set's own tools (`threedod/benchmark_scripts` of apple/ARKitScenes).
+Pictures are stored as the sensor lay; the poses tell which way is up, so that views come upright.
 """
 
 from __future__ import annotations
 
 import csv
-import json
+import warnings
+from collections import Counter
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
-from scipy.spatial.transform import Rotation
+from scipy.spatial.transform import Rotation, Slerp
 
-from roomplan_lib.geometry import OrientedBox, invert_pose
-from roomplan_lib.scenes import CATEGORIES, Scene, View
+from roomplan_lib.geometry import OrientedBox, invert_pose, turn_camera
+from roomplan_lib.scenes import CATEGORIES, Scene, Surface, View, picture_size
+from roomplan_lib.scenes.text import FETCH_AGAIN, read_json, read_text
 
 SPLIT_OF_FOLD = {"Training": "train", "Validation": "val"}
 METADATA_FILES = ("metadata.csv", "3dod_train_val_splits.csv", "raw_train_val_splits.csv")
 POSE_TOLERANCE_MS = 5  # a frame takes a pose at most this far away, as in the official loader
+MAX_POSE_GAP_MS = 250  # poses further apart (10 a second is usual) are not interpolated between
+MAX_UNPAIRED = 0.5  # share of a raw scan's posed pictures that may lack depth or intrinsics
+# Where world up points in the stored picture -> counter-clockwise quarter turns that set it upright.
+TURNS_OF_SKY = {"Up": 0, "Right": 1, "Down": 2, "Left": 3}
+SKY_AXES = {"Up": (0, -1), "Right": (1, 0), "Down": (0, 1), "Left": (-1, 0)}  # in the picture: x right, y down
+MIN_SKY_LENGTH = 0.2  # a camera within 11 degrees of the vertical does not tell which side of its picture is up
 AXES_TOLERANCE = 1e-2  # rounding of box axes on disk that is mended; anything larger is a wrong file
-FETCH_AGAIN = "fetch the scene again"
 
 
 class SkippedSceneError(ValueError):
     """The annotators marked the scene as skipped: it has no trustworthy boxes."""
+
+
+class TableRow(NamedTuple):
+    """A scan in one of METADATA_FILES; "" where the table does not tell."""
+
+    visit_id: str
+    split: str
+    sky_direction: str
 
 
 def find_scenes(root: Path | str) -> list[Path]:
@@ -59,21 +76,28 @@ def find_scenes(root: Path | str) -> list[Path]:
 def scene_membership(scene_dir: Path | str) -> tuple[str, str]:
     """(split, visit_id) of a scene, from its parent folder's name and the tables in the root; "" where none tells."""
     scene_dir = Path(scene_dir).absolute()
-    split = SPLIT_OF_FOLD.get(scene_dir.parent.name, "")
-    visit_id = ""
-    for folder in (scene_dir.parent.parent, scene_dir.parent):
-        for path in (folder / name for name in METADATA_FILES):
-            if path.is_file() and (row := _read_table(path, path.stat().st_mtime_ns).get(scene_dir.name)):
-                visit_id = visit_id or row[0]
-                split = split or row[1]
-    return split, visit_id
+    row = table_rows(scene_dir).get(scene_dir.name, TableRow("", "", ""))
+    return SPLIT_OF_FOLD.get(scene_dir.parent.name, "") or row.split, row.visit_id
 
 
-def read_scene(scene_dir: Path | str) -> Scene:
+def table_rows(scene_dir: Path | str) -> dict[str, TableRow]:
+    """What the tables in a scene's root say, by scene id; the earlier of METADATA_FILES counts first."""
+    scene_dir = Path(scene_dir).absolute()
+    paths = [folder / name for folder in (scene_dir.parent.parent, scene_dir.parent) for name in METADATA_FILES]
+    return _merge_tables(tuple((path, path.stat().st_mtime_ns) for path in paths if path.is_file()))
+
+
+def read_scene(scene_dir: Path | str, *, interpolate: bool = False) -> Scene:
     """Read one scene folder; of the pictures only the header of the first is opened.
 
-    Views are the frames that have a pose (poses come at 10 Hz, frames at up to 60 Hz), sorted by time. Boxes are the
-    17 categories' `obbAligned`, with the annotation's `uid` as `object_id`. World: the scan's own, metres, z up.
+    Views are the frames that have a pose, sorted by time: poses come at 10 Hz, frames at up to 60 Hz, and a frame takes
+    the nearest pose within POSE_TOLERANCE_MS. interpolate: the other frames get a pose between their two neighbours
+    (rotation on the great arc, position on the line), where those are at most MAX_POSE_GAP_MS apart. All views are
+    turned by the quarter turns that set most of them upright, as the poses tell. `metadata` holds that `sky_direction`,
+    what the data set's table says of it (`table_sky_direction`; a difference only warns, since the table is known to be
+    wrong for hundreds of scans), the counts of `other_labels` and of `unpaired` pictures, which a raw scan may have.
+    Boxes are the 17 categories' `obbAligned`, with the annotation's `uid` as `object_id`. Surfaces come from a rendered
+    room's sidecar. World: the scan's own, metres, z up.
 
     Raises SkippedSceneError for a scene marked as skipped, ValueError that names the file (and line) for anything
     missing, malformed or incomplete.
@@ -82,18 +106,56 @@ def read_scene(scene_dir: Path | str) -> Scene:
     if not scene_dir.is_dir():
         raise ValueError(f"{scene_dir}: no such scene folder")
     video_id = scene_dir.name
-    boxes = _read_boxes(scene_dir / f"{video_id}_3dod_annotation.json")
+    boxes, other_labels = _read_boxes(scene_dir / f"{video_id}_3dod_annotation.json")
     split, visit_id = scene_membership(scene_dir)
     mesh_path = scene_dir / f"{video_id}_3dod_mesh.ply"
+    colors, surfaces = _read_sidecar(scene_dir / f"{video_id}_room.json")
+    stored, unpaired = _read_views(frames_dir(scene_dir), video_id, interpolate)
+    sky = sky_direction([view.camera_to_world for view in stored])
+    row = table_rows(scene_dir).get(video_id)
+    if row and row.sky_direction and row.sky_direction != sky:
+        warnings.warn(
+            f"{scene_dir}: the table says sky_direction {row.sky_direction}, the poses say {sky}, which is followed",
+            stacklevel=2,
+        )
     return Scene(
         scene_id=video_id,
-        views=_read_views(frames_dir(scene_dir), video_id),
+        views=[turn_view(view, TURNS_OF_SKY[sky]) for view in stored],
         boxes=boxes,
         source="arkitscenes",
         split=split,
         visit_id=visit_id,
         mesh_path=mesh_path if mesh_path.is_file() else None,
-        colors=_read_colors(scene_dir / f"{video_id}_room.json"),
+        colors=colors,
+        surfaces=surfaces,
+        metadata={
+            "sky_direction": sky,
+            "table_sky_direction": row.sky_direction if row else "",
+            "other_labels": other_labels,
+            "unpaired": unpaired,
+        },
+    )
+
+
+def sky_direction(poses: list[np.ndarray]) -> str:
+    """The side of the stored pictures where the sky is, for most of the poses (camera_to_world [4, 4]): a TURNS_OF_SKY.
+
+    The third row of a pose's rotation is world up in the camera; the side is the image axis nearest to it. Cameras that
+    look almost straight up or down are not asked; "Up" where none is left, and in a tie.
+    """
+    up = np.array([pose[2, :2] for pose in poses]).reshape(-1, 2)
+    up = up[np.linalg.norm(up, axis=1) >= MIN_SKY_LENGTH]
+    votes = np.bincount((up @ np.array(list(SKY_AXES.values())).T).argmax(axis=1), minlength=len(SKY_AXES))
+    return list(SKY_AXES)[int(votes.argmax())]
+
+
+def turn_view(view: View, quarter_turns: int) -> View:
+    """A view as stored -> the view turned counter-clockwise, its camera turned with it."""
+    K, camera_to_world, (width, height) = turn_camera(
+        view.K, view.camera_to_world, (view.width, view.height), quarter_turns
+    )
+    return replace(
+        view, K=K, camera_to_world=camera_to_world, width=width, height=height, quarter_turns=quarter_turns % 4
     )
 
 
@@ -112,10 +174,13 @@ def _is_scene(folder: Path) -> bool:
 # Frames ---------------------------------------------------------------------------------------------------------------
 
 
-def _read_views(frames: Path, video_id: str) -> list[View]:
+def _read_views(frames: Path, video_id: str, interpolate: bool) -> tuple[list[View], int]:
+    """(posed views as stored, sorted by time; number of posed pictures left out for want of depth or intrinsics)."""
     rgb = _list_frames(frames / "lowres_wide", video_id)
     pose_times, poses = _read_trajectory(frames / "lowres_wide.traj")
-    posed = {name: index for name, ms in rgb.items() if (index := _match_pose(ms, pose_times)) is not None}
+    posed = {name: poses[index] for name, ms in rgb.items() if (index := _match_pose(ms, pose_times)) is not None}
+    if interpolate:
+        posed |= _interpolated({name: ms for name, ms in rgb.items() if name not in posed}, pose_times, poses)
     if not posed:
         raise ValueError(
             f"{frames / 'lowres_wide'}: none of {len(rgb)} pictures has a pose within {POSE_TOLERANCE_MS} ms in "
@@ -123,16 +188,31 @@ def _read_views(frames: Path, video_id: str) -> list[View]:
         )
     depth_dir = frames / "lowres_depth"
     has_depth = depth_dir.exists()
-    if has_depth:
-        depth = _list_frames(depth_dir, video_id)
+    depth = _list_frames(depth_dir, video_id) if has_depth else {}
+    pincams = set(_list_frames(frames / "lowres_wide_intrinsics", video_id, ".pincam").values())
+    paired = {
+        name
+        for name in posed
+        if (not has_depth or name in depth) and pincams & {rgb[name] - 1, rgb[name], rgb[name] + 1}
+    }
+    unpaired = len(posed) - len(paired)
+    if frames.name != f"{video_id}_frames":
+        # Of the raw download Apple says that not every time has every picture; much missing is a broken download.
+        if unpaired > MAX_UNPAIRED * len(posed):
+            raise ValueError(
+                f"{frames}: {unpaired} of {len(posed)} posed pictures have no depth or no intrinsics; {FETCH_AGAIN}"
+            )
+        posed = {name: pose for name, pose in posed.items() if name in paired}
+    elif has_depth:
         for name in sorted(posed.keys() - depth.keys()):
             raise ValueError(f"{depth_dir / name}: depth of a posed picture is missing; {FETCH_AGAIN}")
         for name in sorted(depth.keys() - rgb.keys()):
             if _match_pose(depth[name], pose_times) is not None:
                 raise ValueError(f"{frames / 'lowres_wide' / name}: picture of a posed depth is missing; {FETCH_AGAIN}")
-    _require_frames(frames, video_id, set(rgb.values()), pose_times)
+    if frames.name == f"{video_id}_frames":
+        _require_frames(frames, video_id, set(rgb.values()), pose_times, pincams)
     views = []
-    for name, index in sorted(posed.items(), key=lambda item: rgb[item[0]]):
+    for name in sorted(posed, key=rgb.get):
         K, width, height = _read_pincam(frames / "lowres_wide_intrinsics", video_id, rgb[name])
         views.append(
             View(
@@ -140,23 +220,18 @@ def _read_views(frames: Path, video_id: str) -> list[View]:
                 rgb_path=frames / "lowres_wide" / name,
                 depth_path=depth_dir / name if has_depth else None,
                 K=K,
-                camera_to_world=poses[index],
+                camera_to_world=posed[name],
                 timestamp=rgb[name] / 1000,
                 width=width,
                 height=height,
             )
         )
-    try:
-        with Image.open(views[0].rgb_path) as picture:
-            size = picture.size
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{views[0].rgb_path}: cannot read the picture ({error}); {FETCH_AGAIN}") from None
-    check_picture_size(views[0], size)
-    return views
+    check_picture_size(views[0], picture_size(views[0].rgb_path))
+    return views, unpaired
 
 
 def check_picture_size(view: View, size: tuple[int, int]) -> None:
-    """Raise ValueError when the stored picture's (width, height) is not the one that its intrinsics are for."""
+    """Raise ValueError when the picture's (width, height), turned as the view is, is not the one of its intrinsics."""
     if size != (view.width, view.height):
         raise ValueError(
             f"{view.rgb_path}: the picture has {size[0]}x{size[1]} pixels, its .pincam is for "
@@ -164,12 +239,14 @@ def check_picture_size(view: View, size: tuple[int, int]) -> None:
         )
 
 
-def _require_frames(frames: Path, video_id: str, times: set[int], pose_times: np.ndarray) -> None:
+def _require_frames(
+    frames: Path, video_id: str, times: set[int], pose_times: np.ndarray, pincam_times: set[int]
+) -> None:
     """Raise ValueError for intrinsics that have a pose, but no picture within their clock's millisecond.
 
     times: milliseconds of the pictures. Catches frames of which picture and depth are both missing.
     """
-    for ms in sorted(_list_frames(frames / "lowres_wide_intrinsics", video_id, ".pincam").values()):
+    for ms in sorted(pincam_times):
         if not times & {ms - 1, ms, ms + 1} and _match_pose(ms, pose_times) is not None:
             path = frames / "lowres_wide" / f"{video_id}_{ms / 1000:.3f}.png"
             raise ValueError(f"{path}: picture of posed intrinsics is missing; {FETCH_AGAIN}")
@@ -201,7 +278,7 @@ def _milliseconds(seconds: float) -> int:
 def _read_trajectory(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """(times [N] int milliseconds, ascending; camera_to_world [N, 4, 4]) of a `.traj` file."""
     rows = {}
-    for number, line in enumerate(_read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if line.strip():
             row = _numbers(line, 7, f"{path}:{number}", "seconds rx ry rz tx ty tz")
             rows[_milliseconds(row[0])] = row[1:]  # the last of equal times counts, as in the official loader
@@ -222,15 +299,33 @@ def _match_pose(ms: int, pose_times: np.ndarray) -> int | None:
     return near if abs(pose_times[near] - ms) <= POSE_TOLERANCE_MS else None
 
 
+def _interpolated(frames: dict[str, int], pose_times: np.ndarray, poses: np.ndarray) -> dict[str, np.ndarray]:
+    """camera_to_world by name for those of the frames (milliseconds by name) that lie between two near poses."""
+    found = {}
+    for name, ms in frames.items():
+        after = int(np.searchsorted(pose_times, ms))
+        if not 0 < after < len(pose_times):
+            continue
+        before_ms, after_ms = pose_times[after - 1 : after + 1]
+        if after_ms - before_ms > MAX_POSE_GAP_MS:
+            continue
+        pair = poses[after - 1 : after + 1]
+        share = (ms - before_ms) / (after_ms - before_ms)
+        found[name] = np.eye(4)
+        found[name][:3, :3] = Slerp([0, 1], Rotation.from_matrix(pair[:, :3, :3]))(share).as_matrix()
+        found[name][:3, 3] = (1 - share) * pair[0, :3, 3] + share * pair[1, :3, 3]
+    return found
+
+
 def _read_pincam(folder: Path, video_id: str, ms: int) -> tuple[np.ndarray, int, int]:
     """(K [3, 3], width, height); the file's time may differ from the picture's by one millisecond."""
     paths = [folder / f"{video_id}_{time / 1000:.3f}.pincam" for time in (ms, ms - 1, ms + 1)]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise ValueError(f"{paths[0]}: intrinsics of a posed picture are missing; {FETCH_AGAIN}")
-    width, height, fx, fy, cx, cy = _numbers(_read_text(path), 6, str(path), "width height fx fy cx cy")
+    width, height, fx, fy, cx, cy = _numbers(read_text(path), 6, str(path), "width height fx fy cx cy")
     if width < 1 or height < 1 or width % 1 or height % 1 or fx <= 0 or fy <= 0:
-        raise ValueError(f"{path}: expected a whole size and focal lengths above 0, got {_read_text(path).strip()!r}")
+        raise ValueError(f"{path}: expected a whole size and focal lengths above 0, got {read_text(path).strip()!r}")
     return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]]), int(width), int(height)
 
 
@@ -247,13 +342,14 @@ def _numbers(text: str, count: int, where: str, meaning: str) -> list[float]:
 # Boxes and tables -----------------------------------------------------------------------------------------------------
 
 
-def _read_boxes(path: Path) -> list[OrientedBox]:
-    annotation = _read_json(path)
+def _read_boxes(path: Path) -> tuple[list[OrientedBox], dict[str, int]]:
+    """(boxes of the 17 categories, counts of the labels that are none of them)."""
+    annotation = read_json(path)
     if not isinstance(annotation, dict) or not isinstance(annotation.get("data"), list):
         raise ValueError(f"{path}: expected an object with the list `data`; {FETCH_AGAIN}")
     if annotation.get("skipped"):
         raise SkippedSceneError(f"{path}: the annotators skipped this scene (`skipped: true`); leave it out")
-    boxes = []
+    boxes, others = [], Counter()
     for index, item in enumerate(annotation["data"]):
         where = f"{path}: data[{index}]"
         if not isinstance(item, dict) or not isinstance(item.get("label"), str):
@@ -261,11 +357,13 @@ def _read_boxes(path: Path) -> list[OrientedBox]:
         label = item["label"].replace(" ", "_").replace("-", "_").replace("/", "_")
         if label in CATEGORIES:
             boxes.append(_read_box(item, label, where))
+        else:
+            others[label] += 1
     ids = [box.object_id for box in boxes]
     for object_id in ids:
         if ids.count(object_id) > 1:
             raise ValueError(f"{path}: two boxes have the uid {object_id!r}; {FETCH_AGAIN}")
-    return boxes
+    return boxes, dict(sorted(others.items()))
 
 
 def _read_box(item: dict, label: str, where: str) -> OrientedBox:
@@ -288,16 +386,43 @@ def _read_box(item: dict, label: str, where: str) -> OrientedBox:
     return OrientedBox(center, extent, rotation, label, object_id)
 
 
-def _read_colors(path: Path) -> dict[str, str]:
-    """Colour name by `uid` from the sidecar of a rendered room; empty without one, as for all real scans."""
+def _read_sidecar(path: Path) -> tuple[dict[str, str], list[Surface]]:
+    """(colour name by `uid`, walls, doors, windows and floor) of a rendered room; empty for all real scans."""
     if not path.is_file():
-        return {}
-    room = _read_json(path)
+        return {}, []
+    room = read_json(path)
     try:
         instances = room["instances"].values()
-        return {str(instance["uid"]): str(instance["color"]) for instance in instances if instance["color"]}
-    except (KeyError, TypeError, AttributeError) as error:
+        colors = {str(instance["uid"]): str(instance["color"]) for instance in instances if instance["color"]}
+        return colors, _sidecar_surfaces(room) if "walls" in room else []
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise ValueError(f"{path}: expected `instances` with uid and color ({error!r}); {FETCH_AGAIN}") from None
+
+
+def _sidecar_surfaces(room: dict) -> list[Surface]:
+    """Walls run counter-clockwise around the floor's polygon, so that their normals point into the room."""
+    surfaces = []
+    for wall in room["walls"]:
+        start, end = np.array(wall["start"], dtype=np.float64), np.array(wall["end"], dtype=np.float64)
+        length = np.linalg.norm(end - start)
+        along, up = (end - start) / length, np.array([0.0, 0.0, 1.0])
+        axes = np.stack([along, np.cross(up, along), up], axis=1)
+        center = (start + end) / 2 + up * wall["height"] / 2
+        name = str(wall["instance_id"])
+        surfaces.append(Surface("wall", OrientedBox(center, [length, 0.0, wall["height"]], axes, "wall", name)))
+    walls = list(surfaces)
+    for kind in ("door", "window"):
+        for entry in room[f"{kind}s"]:
+            wall = walls[entry["wall"]].box
+            extent = [entry["width"], 0.0, entry["height"]]
+            box = OrientedBox(entry["center"], extent, wall.rotation, kind, str(entry["instance_id"]))
+            surfaces.append(Surface(kind, box, parent_id=wall.object_id))
+    polygon = np.array(room["polygon"], dtype=np.float64)
+    axes = walls[0].box.rotation
+    local = polygon @ axes
+    low, high = local.min(axis=0), local.max(axis=0)
+    floor = OrientedBox(axes @ (low + high) / 2, high - low, axes, "floor", str(room["floor_instance_id"]))
+    return [*surfaces, Surface("floor", floor, polygon=polygon)]
 
 
 def _box_rotation(axes: np.ndarray, where: str) -> np.ndarray:
@@ -312,35 +437,32 @@ def _box_rotation(axes: np.ndarray, where: str) -> np.ndarray:
 
 
 @lru_cache(maxsize=8)
-def _read_table(path: Path, modified_ns: int) -> dict[str, tuple[str, str]]:
-    """(visit_id, split) by video_id. `modified_ns` only makes a changed file a new cache entry."""
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if not {"video_id", "visit_id", "fold"} <= set(reader.fieldnames or ()):
-            raise ValueError(f"{path}: expected the columns video_id, visit_id, fold, got {reader.fieldnames}")
-        return {
-            row["video_id"]: (_visit(row["visit_id"]), SPLIT_OF_FOLD.get((row["fold"] or "").strip(), ""))
-            for row in reader
-        }
+def _merge_tables(tables: tuple[tuple[Path, int], ...]) -> dict[str, TableRow]:
+    """The tables (path, time of change) as one; of each field the first value that is not empty."""
+    merged: dict[str, TableRow] = {}
+    for path, _ in tables:
+        for video_id, row in read_table(path).items():
+            known = merged.get(video_id, TableRow("", "", ""))
+            merged[video_id] = TableRow(*(old or new for old, new in zip(known, row, strict=True)))
+    return merged
+
+
+def read_table(path: Path | str) -> dict[str, TableRow]:
+    """The rows of one of METADATA_FILES by video_id. Raises ValueError when a column is missing."""
+    reader = csv.DictReader(read_text(Path(path)).splitlines())
+    if not {"video_id", "visit_id", "fold"} <= set(reader.fieldnames or ()):
+        raise ValueError(f"{path}: expected the columns video_id, visit_id, fold, got {reader.fieldnames}")
+    return {
+        row["video_id"].strip(): TableRow(
+            _visit(row["visit_id"]),
+            SPLIT_OF_FOLD.get((row["fold"] or "").strip(), ""),
+            sky if (sky := (row.get("sky_direction") or "").strip()) in TURNS_OF_SKY else "",
+        )
+        for row in reader
+    }
 
 
 def _visit(text: str | None) -> str:
     """Visit ids as text; eight scenes of the official tables have none and say NA."""
     text = (text or "").strip()
     return "" if text in ("NA", "nan") else text.removesuffix(".0")
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: file is missing; {FETCH_AGAIN}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot read the file ({error}); {FETCH_AGAIN}") from None
-
-
-def _read_json(path: Path) -> object:
-    try:
-        return json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: invalid or truncated JSON ({error.msg}); {FETCH_AGAIN}") from None

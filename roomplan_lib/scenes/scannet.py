@@ -173,7 +173,7 @@ def export_first(path: Path) -> str:
     """What to tell somebody who wants the pictures of a `.sens` file."""
     return (
         f"{path}: a recording must be exported to pictures first: "
-        f"`from roomplan_lib.scenes.scannet import export_sens; export_sens({str(path)!r}, every=10)`"
+        f"`roomplan prepare sens --scans {path.parent} --every 10`"
     )
 
 
