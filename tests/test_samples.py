@@ -4,6 +4,7 @@ import json
 import re
 from collections import Counter, defaultdict
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +27,13 @@ from roomplan_lib.samples import (
     sample_root,
     write_samples,
 )
-from roomplan_lib.samples.anchors import build_anchors, place_anchor_action
+from roomplan_lib.samples.anchors import build_anchors, build_lists, build_negatives, place_anchor_action
 from roomplan_lib.samples.describe import category_text, footprint_gap, plural, unique_phrases, upright, with_article
 from roomplan_lib.samples.prepare import prepare_arkitscenes
 from roomplan_lib.samples.qa import MAX_PER_TASK, build_qa, clear_sides, standing_places
 from roomplan_lib.samples.validate import summarise, validate_file
 from roomplan_lib.samples.views import (
+    choose_view_sets,
     choose_views,
     geometry_record,
     greedy_coverage,
@@ -230,6 +232,69 @@ def test_selection(scene):
             select_views(scene, **wrong)
 
 
+def test_coverage_ends_at_its_share(scene):
+    """With a stop ratio below 1 there are as many views as it takes, and two at least."""
+    everything = choose_views(scene, 12)
+    for ratio in (0.5, 0.8, 0.95):
+        some = choose_views(scene, 12, stop_ratio=ratio)
+        assert some.coverage >= ratio and len(some.views) < len(everything.views)
+        fewer = choose_views(scene, max(1, len(some.views) - 1))
+        assert fewer.coverage < ratio or len(some.views) == 2
+    assert len(choose_views(scene, 12, stop_ratio=0.01).views) == 2
+
+
+def test_random_views_depend_on_the_seed_alone(scene):
+    def names(seed):
+        return [view.view_id for view in select_views(scene, 4, strategy="random", seed=seed)]
+
+    assert names(1) == names(1) and len({tuple(names(seed)) for seed in range(20)}) > 15
+    sets = choose_view_sets(scene, 4, 200, strategy="random")
+    shown = Counter(view.view_id for selection in sets for view in selection.views)
+    assert len(shown) == 12 and max(shown.values()) < 2 * min(shown.values())  # each about 67 times
+    assert all(selection.baseline_m >= 0.1 for selection in sets)
+
+
+@pytest.mark.parametrize("strategy", ["coverage", "uniform", "random"])
+def test_view_sets(scene, strategy):
+    """Sets are chosen from what earlier ones left, random ones anew; each tells its own coverage and baseline."""
+    sets = choose_view_sets(scene, 4, 5, strategy=strategy)
+    shown = [[view.view_id for view in selection.views] for selection in sets]
+    assert len(sets) == (5 if strategy == "random" else 3) and all(len(set(names)) == 4 for names in shown)
+    if strategy == "random":
+        assert len({tuple(names) for names in shown}) == 5
+    else:
+        assert sorted(sum(shown, [])) == [view.view_id for view in scene.views]
+    assert shown[0] == [view.view_id for view in choose_views(scene, 4, strategy=strategy).views]
+    cells = {view.view_id: voxels_of(view) for view in scene.views}
+    total = len(set().union(*cells.values()))
+    for selection, names in zip(sets, shown, strict=True):
+        assert selection.coverage == pytest.approx(len(set().union(*(cells[name] for name in names))) / total)
+        centers = [view.camera_to_world[:3, 3] for view in selection.views]
+        assert selection.baseline_m == max(np.linalg.norm(a - b) for a, b in itertools.combinations(centers, 2))
+
+
+def voxels_of(view) -> set[tuple[int, int, int]]:
+    """Voxels of 0.2 m that a view shows, pixel by pixel."""
+    depth, found = view.load_depth(), set()
+    for v in range(2, depth.shape[0], 4):
+        for u in range(2, depth.shape[1], 4):
+            ray = np.array([(u - view.K[0, 2]) / view.K[0, 0], (v - view.K[1, 2]) / view.K[1, 1], 1.0])
+            point = view.camera_to_world[:3, :3] @ (ray * depth[v, u]) + view.camera_to_world[:3, 3]
+            if depth[v, u] > 0 and np.linalg.norm(point - view.camera_to_world[:3, 3]) <= 5:
+                found.add(tuple(np.floor(point / 0.2).astype(int).tolist()))
+    return found
+
+
+def test_depth_of_another_camera(scene):
+    """Points of a depth picture with half the pixels and a K of its own are those of the full one."""
+    view = scene.views[0]
+    half = view.load_depth()[::2, ::2]
+    K_half = np.array([[K[0, 0] / 2, 0, K[0, 2] / 2], [0, K[1, 1] / 2, K[1, 2] / 2], [0, 0, 1]])
+    points = view_points(replace(view, depth_K=K_half), 1, half)
+    full, _ = unproject(view.load_depth(), K, view.camera_to_world)
+    assert np.abs(points - full[::2, ::2].reshape(-1, 3)).max() < 1e-9
+
+
 def test_scene_without_depth_gets_even_views(tmp_path):
     scene = read_scene(write_scene(tmp_path, FURNITURE, depth=False))
     selection = choose_views(scene, 3)
@@ -363,6 +428,50 @@ def test_anchors_name_one_object_each():
                 meant = [order[-1 if relation == "farthest from" else 0]]
             assert [item.object_id for item in meant] == sample["object_ids"], words
     assert kinds[None] > 50 and kinds["nearest to"] > 5 and kinds["farthest from"] > 2
+
+
+def test_lists_mark_every_instance():
+    """Over random rooms: a list stands for all instances of a category of several, where the views show all of them."""
+    rng, count = np.random.default_rng(0), 0
+    for seed in range(60):
+        scene = random_scene(seed)
+        visible = rng.random(len(scene.boxes)) < 0.8
+        samples = build_lists(scene, visible, seed)
+        labels = Counter(item.label for item in scene.boxes)
+        hidden = {item.label for item, seen in zip(scene.boxes, visible, strict=True) if not seen}
+        assert [s["boxes"][0]["label"] for s in samples] == [c for c in CATEGORIES if labels[c] > 1 and c not in hidden]
+        for sample in samples:
+            category = sample["boxes"][0]["label"]
+            assert f" {plural(category)} " in sample["instruction"].replace(".", " ")
+            actions = json.loads(sample["action_json"])
+            assert [json.dumps(action) for action in actions] == [
+                place_anchor_action(scene.scene_id, item) for item in scene.boxes if item.label == category
+            ]
+            assert sample["object_ids"] == [item.object_id for item in scene.boxes if item.label == category]
+            count += 1
+    assert count >= 15
+
+
+def test_negatives_name_what_is_not_there():
+    for seed in range(60):
+        scene = random_scene(seed)
+        seen = all_seen(scene)
+        num_positive = len(build_anchors(scene, seen, seed))
+        for share in (0.1, 0.25, 0.5):
+            samples = build_negatives(scene, seen, seed, share)
+            assert len(samples) == max(1, round(num_positive * share / (1 - share)))
+            for sample in samples:
+                words = sample["instruction"].replace(".", " ").replace("?", " ").split()
+                assert not any(category_text(item.label) in words for item in scene.boxes)
+                assert sum(category_text(category) in words for category in CATEGORIES) == 1
+                assert json.loads(sample["action_json"]) == {
+                    "action": "none", "scene": scene.scene_id, "reason": "not_present"
+                }  # fmt: skip
+            assert len({sample["instruction"] for sample in samples}) == len(samples)
+    full = scene_of([box(category, i, 0) for i, category in enumerate(CATEGORIES)])
+    assert build_negatives(full, all_seen(full)) == []
+    with pytest.raises(ValueError, match="negative_share: expected a share"):
+        build_negatives(full, all_seen(full), 0, 1.0)
 
 
 def matching(scene: Scene, words: str) -> list:
@@ -533,6 +642,62 @@ def test_prepared_files_are_good_and_reused(raw, capsys):
     assert {len(sample["images"]) for sample in read_samples(files["qa_val"])} == {3}
 
 
+def test_every_task_and_view_set_is_good(raw, capsys):
+    files = prepare(raw, tasks=["anchors", "qa", "lists", "negatives", "planes"], view_sets=2, strategy="random")
+    assert len(files) == 10
+    for path in files.values():
+        assert validate_file(path) == [], summarise(path, validate_file(path))
+    records = read_samples(files["anchors_train"])
+    assert {record["view_set"] for record in records} == {0, 1}
+    by_set = defaultdict(set)
+    for record in records:
+        by_set[record["scene_id"], record["view_set"]].add(tuple(record["view_ids"]))
+    assert len(by_set) == 4 and all(len(views) == 1 for views in by_set.values())
+    assert len({record["question_id"] for record in records}) == len(records)
+    for record in records:
+        centers = np.array(record["geom_token"]["t"])
+        farthest = max(np.linalg.norm(a - b) for a, b in itertools.combinations(centers, 2))
+        assert record["baseline_m"] == pytest.approx(farthest, abs=1e-3)
+        assert 0 < record["coverage"] <= 1
+    out = capsys.readouterr().out
+    assert re.search(r"train: 2 scenes \(0 left out\), 4 view sets of 4 to 4 views", out)
+    assert re.search(r"parallax \[m\] +\d\.\d\d", out) and re.search(r"coverage +0\.\d\d", out)
+    first = {name: path.read_bytes() for name, path in files.items()}
+    again = prepare(raw, tasks=["lists"], view_sets=2, strategy="random")  # from the kept scenes
+    assert again["lists_val"].read_bytes() == first["lists_val"]
+
+
+def test_task_without_samples_has_no_file(raw, capsys):
+    for scene_id, fold in (("42444499", "Training"), ("42444500", "Training"), ("42444501", "Validation")):
+        write_scene(
+            raw, [item for item in FURNITURE if item.object_id != "c2"], scene_id=scene_id, fold=fold, layout="raw"
+        )
+    files = prepare(raw, tasks=["anchors", "lists"])
+    assert (
+        list(files) == ["anchors_train", "anchors_val"]
+        and "lists_val.jsonl: none of 1 scenes" in capsys.readouterr().out
+    )
+    assert not (raw.parent / "processed" / "lists_val.jsonl").exists()
+
+
+def test_turned_scans_give_good_samples(raw, tmp_path):
+    """Pictures that lie on their side: the record tells by how much, and its K is that of the upright picture."""
+    poses = [pose @ np.diag([-1.0, -1, 1, 1]) @ np.array([[0, -1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])
+             for pose in walk(8)]  # fmt: skip
+    write_scene(raw, FURNITURE, scene_id="42444501", fold="Validation", layout="raw", colors=COLORS, poses=poses)
+    table = raw / "metadata.csv"
+    table.write_text(table.read_text().replace("42444501,NA,Up", "42444501,NA,Left"))
+    files = prepare(raw, split="Validation", tasks=["anchors", "planes"])
+    for path in files.values():
+        assert validate_file(path) == [], summarise(path, validate_file(path))
+    manifest = read_manifest(files["anchors_val"])
+    assert list(manifest["sky_directions"].values()) == [1]
+    record = read_samples(files["anchors_val"])[0]
+    assert record["quarter_turns"] == [record["quarter_turns"][0]] * 4 and record["quarter_turns"][0] in (1, 3)
+    assert np.array(record["geom_token"]["R"])[:, 7].max() < 0  # every picture's y axis points down
+    assert np.allclose(np.array(record["geom_token"]["K"])[:, 2], 23.5)
+
+
 def test_preparing_does_not_depend_on_workers_or_earlier_runs(raw, tmp_path):
     one = prepare(raw)
     two = prepare_arkitscenes(raw, tmp_path / "other", num_views=4, workers=2, progress=False)
@@ -581,13 +746,44 @@ def test_skipped_scenes_are_left_out(raw):
     assert manifest["scene_ids"] == ["42444500"] and "skipped" in manifest["left_out"]["42444499"]
 
 
-def test_visits_stay_in_one_split(raw):
+def test_visits_stay_in_one_split(raw, capsys):
+    """A visit of both folds shows one room: it is kept for validation and left out of training."""
     table = raw / "metadata.csv"
-    table.write_text(table.read_text().replace("NA", "1"))
-    with pytest.raises(ValueError, match="visits in two splits.*42444501"):
-        prepare(raw)
-    files = prepare(raw, exclude=["42444499", "42444500"])
-    assert list(files) == ["anchors_val", "qa_val"]
+    table.write_text(table.read_text().replace("42444500,1", "42444500,2").replace("NA", "1"))
+    files = prepare(raw)
+    assert read_manifest(files["qa_train"])["scene_ids"] == ["42444500"]
+    assert read_manifest(files["qa_val"])["scene_ids"] == ["42444501"]
+    left_out = read_manifest(files["qa_train"])["left_out"]
+    assert list(left_out) == ["42444499"] and "visit 1 is the room of validation's 42444501" in left_out["42444499"]
+    assert "42444499: its visit 1" in capsys.readouterr().out
+    assert all(validate_file(path) == [] for path in files.values())
+    again = prepare(raw, exclude=["42444501"])  # without that one, the visit is training's alone
+    assert read_manifest(again["qa_train"])["scene_ids"] == ["42444499", "42444500"]
+
+
+def test_visit_of_both_folds_is_left_out_of_training_alone(raw):
+    """The table tells of validation scans that are not in this folder."""
+    (raw / "Validation").rename(raw.parent / "Validation")
+    table = raw / "metadata.csv"
+    table.write_text(table.read_text().replace("42444500,1", "42444500,2").replace("NA", "1"))
+    for split in ("train", "Training"):
+        assert read_manifest(prepare(raw, split=split)["qa_train"])["scene_ids"] == ["42444500"]
+
+
+def test_official_visit_in_both_folds(tmp_path):
+    """Visit 381879: 41159521 and 41159526 are Training, 41159519 and 41159525 Validation in the published table."""
+    table = Path(__file__).parents[2] / "shared" / "data" / "arkitscenes_meta" / "3dod_train_val_splits.csv"
+    if not table.is_file():
+        pytest.skip(f"{table} is not on this machine")
+    raw = tmp_path / "raw"
+    folds = {"41159521": "Training", "41159526": "Training", "40753679": "Training", "41159519": "Validation"}
+    for scene_id, fold in folds.items():
+        write_scene(raw, FURNITURE, scene_id=scene_id, fold=fold, colors=COLORS)
+    (raw / table.name).write_bytes(table.read_bytes())
+    files = prepare(raw)
+    assert read_manifest(files["anchors_train"])["scene_ids"] == ["40753679"]
+    assert read_manifest(files["anchors_val"])["scene_ids"] == ["41159519"]
+    assert set(read_manifest(files["anchors_train"])["left_out"]) == {"41159521", "41159526"}
 
 
 def test_impossible_requests(raw, tmp_path):
@@ -636,6 +832,35 @@ def other_scene(text: str) -> str:
 
 # What is done to the records of anchors_train, and the words of the only kind of fault that may follow.
 PLANTED = {
+    "unknown key": (lambda r: r[1].update(colour="red"), 2, "unknown keys: colour"),
+    "absent object": (
+        lambda r: r[1].update(instruction="Place an anchor on the bathtub."),
+        2,
+        "names bathtub, its tar",
+    ),
+    "depths left out": (lambda r: r[1].pop("depths"), 2, "depths are missing"),
+    "baseline of other views": (lambda r: r[1].update(baseline_m=0.2), 2, "baseline_m 0.2 is not that of its cameras"),
+    "coverage above 1": (lambda r: r[1].update(coverage=1.5), 2, "coverage: expected a number from 0 to 1"),
+    "picture turned": (lambda r: r[1].update(quarter_turns=[1, 0, 0, 0]), 2, "K of view 0 does not fit its picture"),
+    "none, though there is a target": (
+        lambda r: r[1].update(action_json='{"action": "none", "scene": "42444499", "reason": "not_present"}'),
+        2,
+        "action_json is none, but the record has 1 boxes",
+    ),
+    "two actions for one box": (
+        lambda r: r[1].update(action_json=f"[{r[1]['action_json']}, {r[1]['action_json']}]"),
+        2,
+        "of one marked twice",
+    ),
+    "one action for two boxes": (
+        lambda r: r[1].update(
+            action_json=f"[{r[1]['action_json']}]",
+            boxes=r[1]["boxes"] + r[0]["boxes"],
+            object_ids=r[1]["object_ids"] + r[0]["object_ids"],
+        ),
+        2,
+        "marks 1 of the record's 2 boxes",
+    ),
     "missing key": (lambda r: r[1].pop("geom_token"), 2, "missing: geom_token"),
     "no answer": (lambda r: r[1].pop("action_json"), 2, "instruction and action_json"),
     "question and instruction": (lambda r: r[1].update(question="Is it?", answer="yes"), 2, "one of the two"),
@@ -685,26 +910,26 @@ PLANTED = {
         "views without parallax",
     ),
     "action is no JSON": (lambda r: r[1].update(action_json='{"action": "place'), 2, "action_json: no JSON"),
-    "action is a list": (lambda r: r[1].update(action_json="[]"), 2, "expected a JSON object"),
+    "empty list of actions": (lambda r: r[1].update(action_json="[]"), 2, "an empty list"),
     "action of another scene": (lambda r: set_action(r[1], scene="42444500"), 2, "about scene '42444500'"),
     "action of an unknown category": (lambda r: set_action(r[1], category="lamp"), 2, "action_json: category"),
-    "action without center": (lambda r: set_action(r[1], center=None), 2, "center: expected three numbers"),
-    "action with a flat center": (lambda r: set_action(r[1], center=[1, 2]), 2, "center: expected three numbers"),
+    "action without center": (lambda r: set_action(r[1], center=None), 2, "center: expected 3 numbers"),
+    "action with a flat center": (lambda r: set_action(r[1], center=[1, 2]), 2, "center: expected 3 numbers"),
     "action elsewhere": (lambda r: set_action(r[1], center=[9, 9, 9]), 2, "center of none of the record's boxes"),
     "long normal": (lambda r: set_action(r[1], normal=[1, 1, 0]), 2, "not a unit vector"),
-    "negative extent": (lambda r: set_action(r[1], extent=[1, -1, 1]), 2, "side lengths must be positive"),
+    "negative extent": (lambda r: set_action(r[1], extent=[1, -1, 1]), 2, "extent: -1 is beyond"),
     "box of no size": (lambda r: set_in(r[1], ["boxes", 0, "extent", 0], 0), 2, r"boxes\[0\]: extent"),
     "box without rotation": (lambda r: r[1]["boxes"][0].pop("rotation"), 2, r"boxes\[0\]: box of a record"),
     "box that is no rotation": (lambda r: set_in(r[1], ["boxes", 0, "rotation", 0], 3), 2, "expected a rotation"),
-    "unknown action": (lambda r: set_action(r[1], action="teleport"), 2, 'action_json: expected "action"'),
-    "action with a key too many": (lambda r: set_action(r[1], confidence=1), 2, "unknown keys .*confidence"),
+    "unknown action": (lambda r: set_action(r[1], action="teleport"), 2, "action: expected one of place_wall"),
+    "action with a key too many": (lambda r: set_action(r[1], colour=1), 2, "unknown keys .*colour"),
     "action with a key twice": (
         lambda r: r[1].update(action_json=r[1]["action_json"][:-1] + ', "category": "bed"}'),
         2,
         "a key stands twice",
     ),
-    "numbers as text": (lambda r: set_action(r[1], extent=["1", "1", "1"]), 2, "extent: expected three numbers"),
-    "numbers as booleans": (lambda r: set_action(r[1], extent=[True, 1, 1]), 2, "extent: expected three numbers"),
+    "numbers as text": (lambda r: set_action(r[1], extent=["1", "1", "1"]), 2, "extent: expected a number"),
+    "numbers as booleans": (lambda r: set_action(r[1], extent=[True, 1, 1]), 2, "extent: expected a number"),
     "action without category": (lambda r: set_action(r[1], category=""), 2, "category is missing"),
     "category of another box": (lambda r: set_action(r[1], category="fireplace"), 2, "its box's label"),
     "extent of another box": (lambda r: set_action(r[1], extent=[3, 3, 3]), 2, "extent .* is not that of its box"),

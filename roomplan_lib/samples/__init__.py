@@ -30,6 +30,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
@@ -44,6 +45,9 @@ DEPTH_BIN_EDGES = np.array([0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3
 RECORD_KEYS = ("images", "geom_token", "task", "scene_id")
 GEOMETRY_WIDTHS = {"R": 9, "t": 3, "K": 9, "depth_hist": len(DEPTH_BIN_EDGES) - 1}
 MAX_NUMBER = 1e9  # beyond is a mistake in any unit; NaN and infinity fail the comparison too
+BOX_MARKER = re.compile(r"<box_([0-9]{1,3})>")
+MAX_LINE = 2**24  # characters; a longer line is no record, and is not kept in memory
+MAX_ARRAY = 2**28  # bytes; a JSON array is read whole
 BUILD_AGAIN = "build the file again with `prepare`"
 
 
@@ -90,12 +94,13 @@ def check_record(record: dict, where: str) -> None:
 def record_faults(record: dict) -> Iterator[tuple[str, str]]:
     """(reason, remedy) for everything wrong with a record's keys, types, lengths and numbers; opens no picture."""
     missing = [key for key in RECORD_KEYS if key not in record]
-    is_action = "instruction" in record
+    is_action, without_views = "instruction" in record, record.get("without_views") is True
+    hidden = record.get("answers") == [] and "answer" not in record  # a test set whose answers only its server knows
     if ("question" in record) == is_action:
         missing.append("question with answer, or instruction with action_json (one of the two)")
-    elif not is_action and not (is_text(record["question"]) and is_text(record.get("answer"))):
-        missing.append("question and answer as text that is not empty")
-    elif is_action and not (is_text(record["instruction"]) and is_text(record.get("action_json"))):
+    elif not is_action and not (is_text(record["question"]) and (hidden or is_text(record.get("answer")))):
+        missing.append("question and answer as text that is not empty (answers [] where they are hidden)")
+    elif is_action and not (is_text(record["instruction"]) and (without_views or is_text(record.get("action_json")))):
         missing.append("instruction and action_json as text that is not empty")
     if missing:
         yield f"missing: {', '.join(missing)}", BUILD_AGAIN
@@ -106,12 +111,26 @@ def record_faults(record: dict) -> Iterator[tuple[str, str]]:
     if not isinstance(record.get("situation", ""), str):
         yield f"situation: expected text, got {record['situation']!r:.80}", BUILD_AGAIN
     images = record["images"]
+    if without_views and images == [] and record["geom_token"] is None:
+        return
     if not images or not _is_texts(images):
         yield "images: expected a list of at least one path", BUILD_AGAIN
         return
     for key, meaning in (("depths", "paths"), ("view_ids", "names")):
         if key in record and not (_is_texts(record[key]) and len(record[key]) == len(images)):
             yield f"{key}: expected {len(images)} {meaning}, one for each picture", BUILD_AGAIN
+    turns = record.get("quarter_turns", [0] * len(images))
+    if not isinstance(turns, list) or [type(n) for n in turns] != [int] * len(images) or not {*turns} <= {0, 1, 2, 3}:
+        yield f"quarter_turns: expected {len(images)} numbers of turns, 0 to 3", BUILD_AGAIN
+    scale = record.get("depth_scale", 1000)
+    if type(scale) not in (int, float) or not 0 < scale <= MAX_NUMBER:
+        yield f"depth_scale: expected units per metre above 0, got {scale!r:.80}", BUILD_AGAIN
+    if "depth_K" in record and not _is_matrix(record["depth_K"], len(images), 9):
+        yield f"depth_K: expected [{len(images)}, 9] finite numbers", BUILD_AGAIN
+    num_boxes = len(record["boxes"]) if isinstance(record.get("boxes"), list) else 0
+    for marker in BOX_MARKER.findall(record["instruction"] if is_action else record["question"]):
+        if int(marker) >= num_boxes:
+            yield f"<box_{marker}> in the question, but the record has {num_boxes} boxes", BUILD_AGAIN
     geometry = record["geom_token"]
     if geometry is None:
         if is_action:
@@ -137,7 +156,8 @@ def is_text(value: object) -> bool:
 def iter_samples(path: Path | str) -> Iterator[tuple[int, dict | ValueError]]:
     """(line number, record) of a JSONL file or (position, record) of a JSON array, from 1.
 
-    A line that is no JSON object comes as a ValueError that names file and line, for the caller to raise or to list.
+    A line that is no JSON object, or longer than MAX_LINE, comes as a ValueError that names file and line, for the
+    caller to raise or to list. Raises ValueError for a file that cannot be read as text and an array above MAX_ARRAY.
     """
     path = Path(path)
     try:
@@ -145,11 +165,18 @@ def iter_samples(path: Path | str) -> Iterator[tuple[int, dict | ValueError]]:
             start = file.read(1)
             file.seek(0)
             if start == "[":
+                if (size := path.stat().st_size) > MAX_ARRAY:
+                    raise ValueError(f"{path}: a JSON array of {size} bytes is too large; write one record per line")
                 entries = enumerate(_parse(file.read(), f"{path}"), 1)
                 for number, entry in entries:
                     yield number, _as_record(entry, f"{path}: record {number}")
                 return
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), ""), 1):
+                if len(line) > MAX_LINE:
+                    while line and not line.endswith("\n"):
+                        line = file.readline(MAX_LINE)
+                    yield number, ValueError(f"{path}:{number}: longer than {MAX_LINE} characters; {BUILD_AGAIN}")
+                    continue
                 if not line.strip():
                     continue
                 try:

@@ -1,6 +1,7 @@
-"""`place_anchor` samples: an instruction that names one visible object, and the action that marks it.
+"""`place_anchor` samples: an instruction that names visible objects, and the action or list of actions that marks them.
 
-A target that no view shows, or words that fit two objects, would teach the model to guess, so neither gets a sample.
+A target that no view shows, or words that fit two objects, would teach the model to guess, so neither gets a sample; an
+object that the scene does not hold is answered by the action "none".
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from roomplan_lib.samples.describe import (
     category_text,
     center_distance,
     footprint_gap,
+    plural,
     unique_phrases,
     upright,
 )
-from roomplan_lib.scenes import Scene
+from roomplan_lib.scenes import CATEGORIES, Scene
 
 TASK = "place_anchor"
 TEMPLATES = (
@@ -31,6 +33,13 @@ TEMPLATES = (
     "Mark the {} with an anchor.",
     "Where is the {}? Place an anchor there.",
 )
+LIST_TEMPLATES = (
+    "Place anchors on all {}.",
+    "Put an anchor on every one of the {}.",
+    "Mark all the {} with anchors.",
+    "Find all {} and place an anchor on each.",
+)
+MIN_EXTENT = 0.01  # metres: an anchor's number with two decimals must not be 0
 NEAREST = ("{} nearest to the {}", "{} closest to the {}")
 FARTHEST = ("{} farthest from the {}",)
 
@@ -41,8 +50,12 @@ def place_anchor_action(scene_id: str, box: OrientedBox) -> str:
     normal: the first horizontal box axis, (cos yaw, sin yaw, 0). extent: full lengths along normal, up x normal, up.
     Raises ValueError for a box that is not upright.
     """
+    return json.dumps(_anchor(scene_id, box))
+
+
+def _anchor(scene_id: str, box: OrientedBox) -> dict:
     box = _require_upright(box)
-    action = {
+    return {
         "action": TASK,
         "scene": scene_id,
         "category": box.label,
@@ -50,7 +63,6 @@ def place_anchor_action(scene_id: str, box: OrientedBox) -> str:
         "normal": rounded([np.cos(box.yaw), np.sin(box.yaw), 0.0], 4),
         "extent": rounded(box.extent, 4),
     }
-    return json.dumps(action)
 
 
 def build_anchors(scene: Scene, visible: np.ndarray, seed: int = 0) -> list[dict]:
@@ -65,7 +77,7 @@ def build_anchors(scene: Scene, visible: np.ndarray, seed: int = 0) -> list[dict
     samples: list[dict] = []
     targets: dict[str, str] = {}
     for index, box in enumerate(scene.boxes):
-        if not visible[index] or upright(box) is None or (box.extent < 0.01).any():
+        if not visible[index] or not _can_be_marked(box):
             continue
         chance = random.Random(f"{seed}/{scene.scene_id}/{box.object_id}/anchor")
         names = [phrases[index]] if index in phrases else []
@@ -84,6 +96,64 @@ def build_anchors(scene: Scene, visible: np.ndarray, seed: int = 0) -> list[dict
                 }
             )
     return samples
+
+
+def build_lists(scene: Scene, visible: np.ndarray, seed: int = 0) -> list[dict]:
+    """ "Place anchors on all chairs.": one sample per category of several instances that the views all show.
+
+    The target is a JSON array of place_anchor actions in the order of the scene's boxes; the program sorts it.
+    Otherwise as `build_anchors`.
+    """
+    samples = []
+    for category in CATEGORIES:
+        indices = [index for index, box in enumerate(scene.boxes) if box.label == category]
+        boxes = [scene.boxes[index] for index in indices]
+        if len(boxes) < 2 or not visible[indices].all() or not all(map(_can_be_marked, boxes)):
+            continue
+        chance = random.Random(f"{seed}/{scene.scene_id}/{category}/list")
+        samples.append(
+            {
+                "instruction": chance.choice(LIST_TEMPLATES).format(plural(category)),
+                "action_json": json.dumps([_anchor(scene.scene_id, box) for box in boxes]),
+                "task": "place_anchors",
+                "question_id": f"{scene.scene_id}-place_anchors-{len(samples):03d}",
+                "object_ids": [box.object_id for box in boxes],
+                "boxes": [box_record(box) for box in boxes],
+            }
+        )
+    return samples
+
+
+def build_negatives(scene: Scene, visible: np.ndarray, seed: int = 0, share: float = 0.25) -> list[dict]:
+    """Instructions that name a category of which the scene's annotation holds no instance; the target is "none".
+
+    share: of the scene's place_anchor samples with these views and these together, at least one. One category is asked
+    for once, so a scene that holds most of them gets fewer. Otherwise as `build_anchors`.
+    Raises ValueError unless 0 < share < 1.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"negative_share: expected a share between 0 and 1, got {share}")
+    present = {box.label for box in scene.boxes}
+    absent = [category for category in CATEGORIES if category not in present]
+    num_positive = len(build_anchors(scene, visible, seed))
+    count = min(len(absent), max(1, round(num_positive * share / (1 - share))))
+    chance = random.Random(f"{seed}/{scene.scene_id}/negative")
+    action = json.dumps({"action": "none", "scene": scene.scene_id, "reason": "not_present"})
+    return [
+        {
+            "instruction": chance.choice(TEMPLATES).format(category_text(category)),
+            "action_json": action,
+            "task": "none",
+            "question_id": f"{scene.scene_id}-none-{number:03d}",
+            "object_ids": [],
+            "boxes": [],
+        }
+        for number, category in enumerate(chance.sample(absent, count))
+    ]
+
+
+def _can_be_marked(box: OrientedBox) -> bool:
+    return upright(box) is not None and bool((box.extent >= MIN_EXTENT).all())
 
 
 def _relations(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 from roomplan_lib.geometry import OrientedBox, box_corners
@@ -44,6 +46,7 @@ def unique_phrases(scene: Scene) -> dict[int, str]:
     return phrases
 
 
+@lru_cache(maxsize=1024)  # of box objects, which every pair and triple of a scene asks for again
 def upright(box: OrientedBox) -> OrientedBox | None:
     """The same box with its axes renamed so that the third points up; None for a box that stands on no face."""
     vertical = int(np.argmax(np.abs(box.rotation[2])))
@@ -61,6 +64,7 @@ def center_distance(a: OrientedBox, b: OrientedBox) -> float:
     return float(np.linalg.norm(a.center[:2] - b.center[:2]))
 
 
+@lru_cache(maxsize=4096)
 def footprint_gap(a: OrientedBox, b: OrientedBox) -> float:
     """Smallest horizontal distance between two upright boxes seen from above, metres; 0 where they overlap.
 

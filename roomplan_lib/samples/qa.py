@@ -7,6 +7,7 @@ few centimetres or degrees of annotation noise do not change it. Positions and d
 from __future__ import annotations
 
 import random
+from functools import lru_cache
 from itertools import permutations
 
 import numpy as np
@@ -94,6 +95,7 @@ def side_of(agent: np.ndarray, faced: np.ndarray, thing: np.ndarray) -> np.ndarr
     return np.arctan2(cross, (ahead * there).sum(-1))
 
 
+@lru_cache(maxsize=256)
 def standing_places(box: OrientedBox) -> np.ndarray:
     """[49, 2] metres: where one who stands by an upright box may be.
 
