@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from functools import partial, wraps
+from inspect import Signature, signature
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -19,12 +21,21 @@ app = typer.Typer(
 
 prepare = typer.Typer(name="prepare", help="Turn downloaded scenes into samples.", no_args_is_help=True)
 app.add_typer(prepare)
+download = typer.Typer(name="download", help="Fetch a data set, or tell where its licence is.", no_args_is_help=True)
+app.add_typer(download)
+
+benchmark = typer.Typer(name="benchmark", help="Measure what parts of the pipeline cost.", no_args_is_help=True)
+app.add_typer(benchmark)
 
 
-def command(function=None, *, app: typer.Typer = app):
-    """Registers a subcommand whose ValueErrors (wrong input) become one line on stderr and exit status 1."""
+def command(function=None, *, app: typer.Typer = app, name: str = ""):
+    """Registers a subcommand whose ValueErrors (wrong input) become one line on stderr and exit status 1.
+
+    name: the subcommand's, the function's own when left out.
+    """
     if function is None:
-        return partial(command, app=app)
+        return partial(command, app=app, name=name)
+    name = name or function.__name__
     group = [app.info.name] if app.info.name else []
 
     @wraps(function)
@@ -32,28 +43,42 @@ def command(function=None, *, app: typer.Typer = app):
         try:
             return function(*args, **kwargs)
         except ValueError as error:
-            print(f"{' '.join(['roomplan', *group, function.__name__])}: {error}", file=sys.stderr)
+            print(f"{' '.join(['roomplan', *group, name])}: {error}", file=sys.stderr)
             raise typer.Exit(1) from None
 
-    return app.command()(guarded)
+    return app.command(name)(guarded)
 
 
 Params = Annotated[Path, typer.Argument(help="Stage file, e.g. papermill_runs/params/tiny.yaml.")]
 RunName = Annotated[str | None, typer.Option(help="Folder under papermill_runs; the stage file's when left out.")]
 
 
+DataFolder = Annotated[Path, typer.Option(help="Folder that the files are to lie in.")]
+
+
 @command
 def rooms(
-    output: Annotated[Path, typer.Option(help="Folder for the scenes, in the ARKitScenes 3DOD layout.")],
-    num_rooms: Annotated[int, typer.Option(min=1, help="Every fifth goes to Validation.")] = 20,
+    output: Annotated[Path, typer.Option(help="Folder for the scenes.")],
+    num_rooms: Annotated[int, typer.Option(min=1, help="Every fifth is for validation.")] = 20,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     num_poses: Annotated[int, typer.Option(min=2, help="Posed views per room, 10 a second.")] = 24,
+    layout: Annotated[
+        Literal["arkitscenes", "scannet"],
+        typer.Option(help="ARKitScenes 3DOD, or ScanNet with the files of ScanQA, SQA3D, ScanRefer and others."),
+    ] = "arkitscenes",
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; all cores when left out.")] = None,
 ) -> None:
     """Render procedural rooms; rooms that are there already are kept."""
-    from roomplan_lib.scenes.rooms import write_rooms
+    from roomplan_lib.scenes.rooms import write_rooms, write_scannet_rooms
 
-    folders = write_rooms(output, num_rooms, seed, num_poses=num_poses, workers=workers)
+    if layout == "scannet":
+        from roomplan_lib.samples.annotation_files import write_annotations
+
+        folders = write_scannet_rooms(output, num_rooms, seed, num_poses=num_poses, workers=workers)
+        for path in write_annotations(output, seed):
+            print(path)
+    else:
+        folders = write_rooms(output, num_rooms, seed, num_poses=num_poses, workers=workers)
     print(f"{len(folders)} rooms in {output}")
 
 
@@ -61,9 +86,15 @@ def rooms(
 def arkitscenes(
     root: Annotated[Path, typer.Option(help="Folder of scenes in an ARKitScenes layout.")],
     output: Annotated[Path, typer.Option(help="Folder for the JSONL files and their manifests.")],
-    split: Annotated[str | None, typer.Option(help="train or val only; both when left out.")] = None,
-    num_views: Annotated[int, typer.Option(min=1, help="Views per sample, chosen for coverage.")] = 8,
-    seed: Annotated[int, typer.Option(min=0, help="Of wording and choice of questions.")] = 0,
+    split: Annotated[str | None, typer.Option(help="Training or Validation only; both when left out.")] = None,
+    tasks: Annotated[str, typer.Option(help="Any of anchors,qa,lists,negatives,planes,plans.")] = "anchors,qa",
+    num_views: Annotated[int, typer.Option(min=1, help="Views per sample.")] = 8,
+    strategy: Annotated[str, typer.Option(help="coverage, uniform or random.")] = "coverage",
+    stop_ratio: Annotated[float, typer.Option(help="Coverage at which no more views are chosen; 1 = never.")] = 1.0,
+    view_sets: Annotated[int, typer.Option(min=1, help="Choices of views per scene; an epoch draws one.")] = 1,
+    interpolate: Annotated[bool, typer.Option(help="Also use frames between two poses.")] = False,
+    negative_share: Annotated[float, typer.Option(help="Of instructions that name what is not there.")] = 0.25,
+    seed: Annotated[int, typer.Option(min=0, help="Of wording, choice of questions and random views.")] = 0,
     exclude: Annotated[list[str] | None, typer.Option(help="Scene id to leave out; may be repeated.")] = None,
     skip_broken: Annotated[bool, typer.Option(help="Leave out scenes that cannot be read, and name them.")] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; all cores when left out.")] = None,
@@ -72,21 +103,254 @@ def arkitscenes(
     from roomplan_lib.samples.prepare import prepare_arkitscenes
 
     files = prepare_arkitscenes(
-        root, output, split=split, num_views=num_views, seed=seed, exclude=exclude or (), skip_broken=skip_broken,
-        workers=workers,
+        root, output, split=split, tasks=tasks.split(","), num_views=num_views, strategy=strategy,
+        stop_ratio=stop_ratio, view_sets=view_sets, interpolate=interpolate, negative_share=negative_share, seed=seed,
+        exclude=exclude or (), skip_broken=skip_broken, workers=workers,
     )  # fmt: skip
     for name, path in files.items():
         print(f"{name}: {path}")
 
 
+Split = Annotated[str | None, typer.Option(help="train, val or test, where the file's name does not tell.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of wording and of random views.")]
+DescriptionFile = Annotated[Path, typer.Option(help="ScanRefer_filtered_<split>.json")]
+
+
+def _write_annotated(
+    annotations,
+    output: Annotated[Path, typer.Option(help="JSONL file to write; its manifest and a cache go beside it.")],
+    scans: Annotated[
+        Path | None, typer.Option(help="Folder of ScanNet scans, pictures exported; records have no views without it.")
+    ] = None,
+    num_views: Annotated[int, typer.Option(min=1, help="Views per sample.")] = 8,
+    strategy: Annotated[
+        Literal["coverage", "uniform", "random"], typer.Option(help="How the views are chosen.")
+    ] = "coverage",
+    stop_ratio: Annotated[float, typer.Option(min=0, max=1, help="Coverage at which there are views enough.")] = 1.0,
+    view_sets: Annotated[int, typer.Option(min=1, help="Choices of views per scan, with records of their own.")] = 1,
+    shown_only: Annotated[bool, typer.Option(help="Only objects that the views show: never for a test.")] = False,
+    skip_missing: Annotated[bool, typer.Option(help="Leave out missing or broken scans, and name them.")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; all cores when left out.")] = None,
+    seed: Seed = 0,
+) -> None:
+    from roomplan_lib.samples.annotated import prepare_annotations, summarise
+
+    manifest = prepare_annotations(
+        annotations, output, scans=scans, num_views=num_views, strategy=strategy, stop_ratio=stop_ratio,
+        view_sets=view_sets, shown_only=shown_only, skip_missing=skip_missing, workers=workers, seed=seed,
+    )  # fmt: skip
+    print(summarise(manifest))
+
+
+def annotation_command(read):
+    """Registers `prepare <name>`: `read` makes an AnnotationFile of its options, `_write_annotated` has the others."""
+    own, shared = (signature(function, eval_str=True).parameters for function in (read, _write_annotated))
+    options = {**own, **{name: option for name, option in shared.items() if name != "annotations"}}
+
+    @wraps(read)
+    def run(**values):
+        chosen = {name: values[name] for name in shared if name != "annotations"}
+        _write_annotated(read(**{name: values[name] for name in own}), **chosen)
+
+    run.__annotations__ = {name: option.annotation for name, option in options.items()}
+    run.__signature__ = Signature([option.replace(kind=option.KEYWORD_ONLY) for option in options.values()])
+    return command(run, app=prepare)
+
+
+@annotation_command
+def sqa3d(
+    questions: Annotated[Path, typer.Option(help="v1_balanced_questions_<split>_scannetv2.json")],
+    annotations: Annotated[Path, typer.Option(help="v1_balanced_sqa_annotations_<split>_scannetv2.json")],
+    split: Split = None,
+):
+    """SQA3D: questions in a situation, with where its speaker stands and looks."""
+    from roomplan_lib.samples.sqa3d import read_sqa3d
+
+    return read_sqa3d(questions, annotations, split)
+
+
+@annotation_command
+def scanqa(qa_file: Annotated[Path, typer.Option(help="ScanQA_v1.0_<split>.json")], split: Split = None):
+    """ScanQA: questions with all their answers and the objects they are about."""
+    from roomplan_lib.samples.scanqa import read_scanqa
+
+    return read_scanqa(qa_file, split)
+
+
+@annotation_command
+def scanrefer(annotations: DescriptionFile, split: Split = None, seed: Seed = 0):
+    """ScanRefer: place an anchor on the one object that is described."""
+    from roomplan_lib.samples.grounding import read_scanrefer
+
+    return read_scanrefer(annotations, split, seed)
+
+
+@annotation_command
+def multi3drefer(
+    annotations: Annotated[Path, typer.Option(help="multi3drefer_<split>.json")], split: Split = None, seed: Seed = 0
+):
+    """Multi3DRefer: place anchors on all objects that are described: none, one or several."""
+    from roomplan_lib.samples.grounding import read_multi3drefer
+
+    return read_multi3drefer(annotations, split, seed)
+
+
+@annotation_command
+def scan2cap(annotations: DescriptionFile, split: Split = None):
+    """Scan2Cap: describe the object in a box; ScanRefer's descriptions of it are the answers."""
+    from roomplan_lib.samples.grounding import read_scan2cap
+
+    return read_scan2cap(annotations, split)
+
+
+@annotation_command
+def nr3d(
+    annotations: Annotated[Path, typer.Option(help="nr3d.csv, which holds the utterances of all splits.")],
+    scene_list: Annotated[Path, typer.Option(help="Official list of the split's scans, e.g. scannetv2_val.txt.")],
+    split: Split = None,
+    seed: Seed = 0,
+):
+    """Nr3D: place an anchor on the one object that an utterance means."""
+    from roomplan_lib.samples.grounding import read_nr3d
+
+    return read_nr3d(annotations, scene_list, split, seed)
+
+
+@command(app=prepare)
+def instruct(
+    layout: Annotated[
+        Literal["llava", "sharegpt4v", "docvqa", "chartqa"], typer.Option("--format", help="Layout of the file.")
+    ],
+    file: Annotated[Path, typer.Option(help="File of conversations or questions, JSON or JSON lines.")],
+    images: Annotated[Path, typer.Option(help="Folder that the file's picture names are relative to.")],
+    output: Annotated[Path, typer.Option(help="JSONL file to write; its manifest goes beside it.")],
+    split: Annotated[str | None, typer.Option(help="train where neither this nor the file's name tells.")] = None,
+    history: Annotated[int, typer.Option(min=0, help="Earlier turns that a question repeats at most.")] = 8,
+    skip_broken: Annotated[bool, typer.Option(help="Leave out entries that are broken or lack their picture.")] = False,
+) -> None:
+    """Instruction data about single pictures: LLaVA, ShareGPT4V, DocVQA, ChartQA."""
+    from roomplan_lib.samples.instruct import prepare_instruct, summarise
+
+    options = {"layout": layout, "split": split, "history": history, "skip_broken": skip_broken}
+    print(summarise(prepare_instruct(file, images, output, **options)))
+
+
+@command(app=download, name="arkitscenes")
+def download_arkitscenes(
+    output: Annotated[Path, typer.Option(help="Folder that gets {raw,3dod}/{Training,Validation}/<id>/.")],
+    scenes: Annotated[list[str] | None, typer.Option(help="Video id; more of them may follow.")] = None,
+    more: Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="More video ids.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Table with video_id and fold; alone: all of its scenes.")] = None,
+    split: Annotated[str | None, typer.Option(help="Training or Validation; needed where no table tells.")] = None,
+    dataset: Annotated[Literal["raw", "3dod"], typer.Option(help="Which of Apple's data sets.")] = "raw",
+    assets: Annotated[str | None, typer.Option(help="Of the raw data set, parted by commas.")] = None,
+    url: Annotated[str | None, typer.Option(help="Another server of the same files.")] = None,
+    keep_zip: Annotated[bool, typer.Option(help="Keep the archives after unpacking them.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Print the steps only, also with --accept-licence.")] = False,
+    accept_licence: Annotated[bool, typer.Option(help="You have read Apple's licence and accept it: fetch.")] = False,
+) -> None:
+    """Print Apple's steps to download ARKitScenes, or run them once the licence is accepted."""
+    from roomplan_lib import download as steps
+
+    choice = {"dataset": dataset, "url": url or steps.ARKITSCENES_URL}
+    choice["assets"] = assets.split(",") if assets else steps.DEFAULT_ASSETS
+    ids = [*(scenes or ()), *(more or ())]
+    if accept_licence and not dry_run:
+        for folder in steps.download_arkitscenes(output, ids, table=csv, split=split, keep_zip=keep_zip, **choice):
+            print(folder)
+        return
+    print(f"# Licence: {steps.ARKITSCENES_LICENCE}; with --accept-licence these steps are run.")
+    metadata = steps.metadata_step(output, dataset, choice["url"])
+    folds = steps.arkitscenes_folds(ids, csv, split, metadata.path)
+    for line in steps.shell_lines([metadata, *steps.arkitscenes_steps(folds, output, **choice)]):
+        print(line)
+
+
+def _tell_licence(name: str, output: Path) -> None:
+    from roomplan_lib import download as steps
+
+    print(getattr(steps, name.upper()).format(output=output))
+
+
+@command(app=download, name="scannet")
+def download_scannet(output: DataFolder = Path("data/raw/scannet")) -> None:
+    """Tell how to get ScanNet, and where its files are expected."""
+    _tell_licence("scannet", output)
+
+
+@command(app=download, name="scanqa")
+def download_scanqa(output: DataFolder = Path("data/raw/scanqa")) -> None:
+    """Tell how to get ScanQA, and where its files are expected."""
+    _tell_licence("scanqa", output)
+
+
+@command(app=download, name="sqa3d")
+def download_sqa3d(output: DataFolder = Path("data/raw/sqa3d")) -> None:
+    """Tell how to get SQA3D, and where its files are expected."""
+    _tell_licence("sqa3d", output)
+
+
+@command
+def actions(
+    form: Annotated[Literal["docs", "schema", "seed-schema", "lark", "gbnf"], typer.Argument(help="What to print.")],
+    codec: Annotated[Literal["m2", "cm", "rows"], typer.Option(help="Metres, centimetres, or rows.")] = "m2",
+    scene: Annotated[str | None, typer.Option(help='Scene id to bind; "*": any or none; none when left out.')] = None,
+) -> None:
+    """Print the action language: as documentation, as JSON Schema, or as a grammar for constrained decoding."""
+    import json
+
+    from roomplan_lib.actions.docs import language_docs
+    from roomplan_lib.actions.grammar import grammar, json_schema, seed_schema
+
+    if form == "docs":
+        print(language_docs(), end="")
+    elif form == "seed-schema":
+        print(json.dumps(seed_schema(), indent=1))
+    elif form == "schema":
+        scene = "*" if scene is None and codec != "rows" else scene
+        print(json.dumps(json_schema(scene=scene, codec=codec), indent=1))
+    else:
+        print(grammar(form, codec=codec, scene=scene), end="")
+
+
+@command(app=prepare)
+def sens(
+    scans: Annotated[Path, typer.Option(help="Folder with ScanNet's .sens recordings, in it or below it.")],
+    every: Annotated[int, typer.Option(min=1, help="Export every n-th frame.")] = 10,
+) -> None:
+    """Export ScanNet recordings to pictures beside them; an interrupted export goes on."""
+    from roomplan_lib.scenes.scannet import export_sens
+
+    recordings = sorted(scans.rglob("*.sens"))
+    if not recordings:
+        raise ValueError(f"{scans}: no .sens file in it or below it; `roomplan download scannet` tells how to get them")
+    for recording in recordings:
+        print(export_sens(recording, every=every))
+
+
+@command(app=prepare)
+def downloads(
+    raw: Annotated[Path, typer.Option(help="Folder of downloads.")] = Path("data/raw"),
+    output: Annotated[Path, typer.Option(help="Folder for the prepared files.")] = Path("data/processed"),
+    num_views: Annotated[int, typer.Option(min=1, help="Views per sample, chosen for coverage.")] = 8,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; all cores when left out.")] = None,
+) -> None:
+    """Find ARKitScenes folders, ScanNet scans and annotation files under their official names, and prepare them all."""
+    from roomplan_lib.samples.downloads import prepare_downloads
+
+    for path in prepare_downloads(raw, output, num_views=num_views, seed=seed, workers=workers):
+        print(path)
+
+
 @command
 def validate(file: Annotated[Path, typer.Argument(help="JSONL file of samples.")]) -> None:
     """Check every record of a file; exit status 1 when anything is wrong."""
-    from roomplan_lib.samples.validate import summarise, validate_file
+    from roomplan_lib.samples.validate import check_file, summarise
 
-    faults = validate_file(file)
-    print(summarise(file, faults))
-    raise typer.Exit(1 if faults else 0)
+    report = check_file(file)
+    print(summarise(file, report))
+    raise typer.Exit(1 if report.faults else 0)
 
 
 @command
@@ -107,6 +371,9 @@ def predict(
     ] = None,
     num_scenes: Annotated[int | None, typer.Option(min=0, help="First held-out scenes only; 0 = all.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1)] = None,
+    constrained: Annotated[
+        str | None, typer.Option(help="Hold actions to the grammar: llguidance, xgrammar or none.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or auto.")] = None,
 ) -> None:
     """Answer the held-out samples greedily: with their views, with none, and with another scene's."""
@@ -114,7 +381,10 @@ def predict(
     from roomplan_lib.evaluation.predict import predict_run
 
     config = load_run_config(params, run_name=run_name)
-    print(predict_run(config, checkpoint, num_scenes=num_scenes, max_new_tokens=max_new_tokens, device=device))
+    folder = predict_run(
+        config, checkpoint, num_scenes=num_scenes, max_new_tokens=max_new_tokens, constrained=constrained, device=device
+    )
+    print(folder)
 
 
 @command
@@ -129,6 +399,69 @@ def score(
     from roomplan_lib.viz import scores_table
 
     print(scores_table(score_run(load_run_config(params, run_name=run_name), predictions)))
+
+
+@command
+def export(
+    room: Annotated[
+        Path,
+        typer.Argument(help="CapturedRoom, action text, SpatialLM or SceneScript script, scene folder, predictions."),
+    ],
+    output: Annotated[Path, typer.Option(help="File to write.")],
+    format: Annotated[
+        Literal["capturedroom", "usdz", "glb", "svg", "png", "spatiallm", "spatiallm-bins", "scenescript", "actions"],
+        typer.Option(help="What to write; svg and png are floor plans."),
+    ],
+    index: Annotated[int | None, typer.Option(min=0, help="Row of a predictions file.")] = None,
+    bins: Annotated[int, typer.Option(min=2, help="Of a SpatialLM script in whole numbers, read or written.")] = 1280,
+) -> None:
+    """Write a room for other programs; everything that the format cannot hold is named on stderr."""
+    from roomplan_lib.export import export_room, load_room
+
+    notes: list[str] = []
+    notes += export_room(load_room(room, notes, index=index, bins=bins), format, output, bins=bins)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(output)
+
+
+@command(app=benchmark, name="prepare")
+def benchmark_prepare(
+    num_scenes: Annotated[int, typer.Option(min=5, help="Scans that are made for it.")] = 2000,
+    num_poses: Annotated[int, typer.Option(min=2, help="Posed pictures of a scan.")] = 32,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    folder: Annotated[Path | None, typer.Option(help="Where the scans are made and removed again.")] = None,
+) -> None:
+    """Prepare many small scans: scans per second beside those of reading alone, and the peak of memory."""
+    from roomplan_lib.samples import benchmark as bench
+
+    result = bench.benchmark_prepare(num_scenes, num_poses=num_poses, workers=workers, folder=folder)
+    print(bench.benchmark_table(result))
+
+
+@command(app=benchmark)
+def decoding(
+    tokenizer: Annotated[
+        str, typer.Option(help="A Qwen3 tokenizer, hub id or folder; the tiny size alone is measured without it.")
+    ] = "",
+    engine: Annotated[list[str] | None, typer.Option(help="llguidance or xgrammar; may be repeated.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    num_texts: Annotated[int, typer.Option(min=1, help="Random texts per task.")] = 64,
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    output: Annotated[Path | None, typer.Option(help="JSON Lines file for the figures.")] = None,
+) -> None:
+    """What a grammar costs per token, beside the language model's forward pass, and how many passes it saves."""
+    from roomplan_lib.benchmark import benchmark_decoding, decoding_table
+    from roomplan_lib.files import write_whole
+
+    rows = list(
+        benchmark_decoding(
+            tokenizer, engines=engine or ("llguidance",), batch_size=batch_size, num_texts=num_texts, device=device
+        )
+    )
+    print(decoding_table(rows))
+    if output is not None:
+        write_whole(output, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 if __name__ == "__main__":

@@ -14,17 +14,50 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 T = TypeVar("T")
+# Keys of the vggt-qwen3 reference code that are not taken over, with the reason.
+REFUSED = {
+    "loss_heads": (
+        "not a setting here: there is one loss, cross-entropy on the response and its end token. An action is text, so "
+        "a head `action_json` would count it twice, and `geometry_consistency` compares numbers that no gradient "
+        "reaches once they are text. Remove the key; data.train_shares weighs questions against actions"
+    )
+}
+
+
+@dataclass(frozen=True)
+class AugmentationConfig:
+    yaw_deg: float = 0.0  # turn of the frame that the model reads and writes, drawn from [-yaw_deg, yaw_deg]
+    # All metres of a sample times a factor drawn log-uniformly from [1 / (1 + j), 1 + j]. The pictures stay, so only
+    # geometry and depth tell the scale; for action samples alone, since answers in words are not rewritten.
+    scale_jitter: float = 0.0
 
 
 @dataclass(frozen=True)
 class DataConfig:
     train_files: tuple[str, ...] = ()  # JSONL files of samples; a leading data/ is $ROOMPLAN_DATA where that is set
+    train_shares: tuple[float, ...] = ()  # share of the samples drawn from each train file; () = as many as each holds
     eval_files: tuple[str, ...] = ()  # held-out samples for the validation loss and for predictions
     image_size: int = 112  # pixels of a view's longest side; both sides become multiples of the patch size
     max_length: int = 384  # tokens of prompt + response; a longer sample is an error, never cut
     visual_first: bool = True  # visual tokens before the question (else after it)
+    codec: Literal["m2", "cm", "rows"] = "m2"  # how actions write numbers: metres with 2 decimals, centimetres, rows
     cache_scenes: int = 4096  # decoded view sets kept in memory (uint8), 0 = decode every time
     num_workers: int = 0  # loader processes
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+
+    def __post_init__(self) -> None:
+        if self.train_shares and (
+            len(self.train_shares) != len(self.train_files) or min(self.train_shares) < 0 or not sum(self.train_shares)
+        ):
+            raise ValueError(
+                f"data.train_shares: expected one share of at least 0 for each of {len(self.train_files)} train_files, "
+                f"not all 0, got {list(self.train_shares)}"
+            )
+        if not 0 <= self.augmentation.yaw_deg <= 180 or not 0 <= self.augmentation.scale_jitter <= 1:
+            raise ValueError(
+                "data.augmentation: expected yaw_deg from 0 to 180 and scale_jitter from 0 to 1, "
+                f"got {self.augmentation.yaw_deg:g} and {self.augmentation.scale_jitter:g}"
+            )
 
     @property
     def train_paths(self) -> tuple[Path, ...]:
@@ -135,6 +168,8 @@ class PredictionConfig:
     max_new_tokens: int = 96
     batch_size: int = 64
     controls: tuple[str, ...] = ("blind", "shuffled")
+    # Engine that holds actions to the grammar while they are written; what the model writes without it is kept beside.
+    constrained: Literal["none", "llguidance", "xgrammar"] = "none"
 
 
 @dataclass(frozen=True)
@@ -179,6 +214,8 @@ def parse(kind: type[T], data: Any, path: str = "") -> T:
     hints = typing.get_type_hints(kind)
     known = {f.name: hints[f.name] for f in dataclasses.fields(kind)}
     for key in data:
+        if key in REFUSED:
+            raise ValueError(f"{_join(path, key)}: {REFUSED[key]}")
         if key not in known:
             raise ValueError(f"{_join(path, key)}: unknown setting; known here: {', '.join(known)}")
     return kind(**{key: _convert(known[key], value, _join(path, key)) for key, value in data.items()})

@@ -193,6 +193,8 @@ def resize_intrinsics(K: np.ndarray, old_size: tuple[int, int], new_size: tuple[
 
     The integer coordinate is a pixel's centre, so the principal point moves by half a pixel before and after scaling.
     """
+    if old_size == new_size:
+        return np.array(K, dtype=np.float64)  # to the last digit
     sx, sy = new_size[0] / old_size[0], new_size[1] / old_size[1]
     scaled = np.array(K, dtype=np.float64)
     scaled[0, :2] *= sx

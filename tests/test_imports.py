@@ -22,10 +22,14 @@ ALLOWED = {
     "training": {"config", "files", "geometry", "scenes", "actions", "samples", "model"},
     "evaluation": {"config", "files", "geometry", "scenes", "actions", "samples", "model", "training"},
     "viz": {"geometry", "scenes", "actions", "samples", "files"},
+    "download": {"files", "scenes"},
+    "export": {"geometry", "files", "scenes", "actions", "viz"},
 }
 
 
-@pytest.mark.parametrize("module", ["scenes.arkitscenes", "samples.validate", "actions", "viz", "evaluation.scores"])
+@pytest.mark.parametrize(
+    "module", ["scenes.arkitscenes", "samples.validate", "actions", "viz", "export", "evaluation.scores"]
+)
 def test_data_and_figures_import_without_torch(module):
     code = f"import sys, roomplan_lib.{module}; print(sorted(sys.modules.keys() & {HEAVY!r}))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -148,17 +148,51 @@ def test_sampler_groups_by_views_and_covers_every_sample(tmp_path):
     order = list(GroupedBatchSampler(samples, micro_batch_size=8, group_size=4, num_batches=40, seed=0))
     assert len(order) == 40
     groups = 2 + 1 + 3 + 1  # groups in one pass
-    flat = [i for batch in order for i in batch]
+    flat = [i for batch in order for i, _ in batch]
     first = flat[: len(samples)]
     assert sorted(first) == list(range(len(samples)))  # one pass sees everything once
     for batch in order:
-        keys = [samples[i].view_key for i in batch]
-        runs = 1 + sum(a != b for a, b in zip(keys, keys[1:], strict=False))
-        assert runs <= 2 and len(batch) <= 8
+        drawn = [(samples[i].view_key, draw) for i, draw in batch]
+        runs = 1 + sum(a != b for a, b in zip(drawn, drawn[1:], strict=False))
+        assert runs <= 2 and len(batch) <= 8  # a group has one view set and one draw
+    assert len({draw for batch in order for _, draw in batch}) == 80  # and each its own
     again = list(GroupedBatchSampler(samples, micro_batch_size=8, group_size=4, num_batches=40, seed=0))
     other = list(GroupedBatchSampler(samples, micro_batch_size=8, group_size=4, num_batches=40, seed=1))
     assert again == order and other != order
     assert order[:groups] != order[groups : 2 * groups]
+
+
+def test_sources_are_drawn_by_their_shares(tmp_path):
+    """0.7 of the samples from a file of ten, 0.3 from one of a hundred, evenly throughout the run."""
+    samples = [
+        Sample({"images": [f"{source}/{i // 5}"], "scene_id": "a"}, tmp_path, source)
+        for source, count in enumerate((10, 100))
+        for i in range(count)
+    ]
+    sampler = GroupedBatchSampler(
+        samples, micro_batch_size=10, group_size=5, num_batches=400, seed=0, shares=(0.7, 0.3)
+    )
+    sources = np.array([[samples[i].source for i, _ in batch] for batch in sampler])
+    for part in (sources[:50], sources[50:200], sources[200:]):
+        assert part.mean() == pytest.approx(0.3, abs=0.02)
+    counts = np.bincount([i for batch in sampler for i, _ in batch])
+    assert np.ptp(counts[:10]) <= 1 and np.ptp(counts[10:]) <= 1  # within a source all are seen equally often
+    with pytest.raises(ValueError, match=r"train_shares: file 3 has share 0.5 and no samples"):
+        GroupedBatchSampler(samples, micro_batch_size=10, group_size=5, num_batches=1, seed=0, shares=(0.3, 0.2, 0.5))
+
+
+def test_each_pass_takes_one_view_set_of_a_scene(tmp_path):
+    samples = [
+        Sample({"images": [f"{scene}/{view_set}"], "scene_id": scene, "view_set": view_set}, tmp_path)
+        for scene in "abc"
+        for view_set in range(3)
+        for _ in range(4)
+    ]
+    sampler = GroupedBatchSampler(samples, micro_batch_size=4, group_size=4, num_batches=9, seed=0)
+    passes = np.array([[samples[batch[0][0]].record["images"][0] for batch in sampler]]).reshape(3, 3)
+    for number in range(3):
+        assert sorted(name[0] for name in passes[number]) == ["a", "b", "c"]
+    assert len(set(passes.ravel())) == 9  # three passes have shown every view set once
 
 
 # ---------------------------------------------------------------------------- bad input
@@ -230,7 +264,7 @@ def test_positions_without_depth_are_an_error(tiny_config, sample_files, tmp_pat
     def drop(lines):
         return [json.dumps({k: v for k, v in json.loads(line).items() if k != "depths"}) for line in lines]
 
-    with pytest.raises(ValueError, match="3D positions need geom_token and depths"):
+    with pytest.raises(ValueError, match="3D positions and scale jitter need geom_token and depths"):
         train(damaged_copy(tiny_config, sample_files, tmp_path, drop))
 
 

@@ -2,7 +2,7 @@ import base64
 import io
 import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from roomplan_lib import viz
-from roomplan_lib.actions import anchor_from_box
+from roomplan_lib.actions import action_record, anchor_from_box
 from roomplan_lib.geometry import OrientedBox, look_at, rotation_z
 from roomplan_lib.scenes.arkitscenes import read_scene
 from roomplan_lib.viz.anchors import anchor_pairs, best_views
@@ -38,10 +38,10 @@ def scene(tmp_path_factory):
 
 def anchor_row(box, predicted, index=0, scene_id="42444499", view_ids=None):
     """A row as it comes back from predictions.jsonl."""
-    action = asdict(anchor_from_box(predicted, scene_id)) if predicted is not None else None
+    action = action_record(anchor_from_box(predicted, scene_id)) if predicted is not None else None
     row = {
         "index": index, "scene_id": scene_id, "task": "place_anchor", "question": "?", "prediction": "",
-        "reference": "", "action": action, "reference_action": asdict(anchor_from_box(box, scene_id)),
+        "reference": "", "action": action, "reference_action": action_record(anchor_from_box(box, scene_id)),
         "view_ids": view_ids,
     }  # fmt: skip
     return json.loads(json.dumps(row))

@@ -5,25 +5,33 @@ from __future__ import annotations
 import json
 import sys
 from bisect import bisect_right
-from dataclasses import asdict
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from roomplan_lib.actions import ActionError, parse_action
+from roomplan_lib.actions import ActionError, ActionList, PlaceAnchor, PlanRoom, action_record, parse_action
+from roomplan_lib.actions.decoding import GrammarEngine, confidences, generate_constrained
+from roomplan_lib.actions.grammar import grammar
 from roomplan_lib.config import RunConfig
 from roomplan_lib.evaluation import CONTROLS, manifest_file, predictions_file, read_manifest
 from roomplan_lib.files import file_hash, write_whole
 from roomplan_lib.geometry import invert_pose
 from roomplan_lib.model.vlm import RoomPlanVLM
-from roomplan_lib.samples.targets import response_text, sample_world_to_reference, scene_action
+from roomplan_lib.samples import read_samples
+from roomplan_lib.samples.targets import question_text, response_text, sample_world_to_reference, scene_action
+from roomplan_lib.scenes import CATEGORIES
 from roomplan_lib.training.collator import Collator, Sample, load_samples
 from roomplan_lib.training.run import load_model_folder, make_collator, make_model, make_tokenizer, open_run
 from roomplan_lib.training.trainer import list_checkpoints, resolve_device
 
 BATCH_KEYS = ("input_ids", "attention_mask", "scene_index")
+KEPT_KEYS = (
+    "situation", "answers", "question_id", "source", "split", "question_type", "eval_type", "protocol", "object_ids",
+)  # fmt: skip
 
 
 def predict_run(
@@ -32,6 +40,7 @@ def predict_run(
     *,
     num_scenes: int | None = None,
     max_new_tokens: int | None = None,
+    constrained: str | None = None,
     device: str | None = None,
 ) -> Path:
     """Predictions of a run on its `data.eval_files`: predictions.jsonl and predictions_<control>.jsonl in one folder.
@@ -44,9 +53,10 @@ def predict_run(
     Raises ValueError when there is nothing to load or the device is not there.
     """
     settings = config.prediction
-    folder = predictions_folder(config, checkpoint, num_scenes, max_new_tokens)
+    folder = predictions_folder(config, checkpoint, num_scenes, max_new_tokens, constrained)
     num_scenes = settings.num_scenes if num_scenes is None else num_scenes
     max_new_tokens = max_new_tokens or settings.max_new_tokens
+    constrained = constrained or settings.constrained
     device = resolve_device(device or config.training.device)
     if not config.data.eval_paths:
         raise ValueError("data.eval_files is empty; name the files of held-out samples to predict on")
@@ -62,6 +72,7 @@ def predict_run(
         "samples": [[str(file), file_hash(file)] for file in config.data.eval_paths],
         "num_scenes": num_scenes,
         "max_new_tokens": max_new_tokens,
+        "constrained": constrained,
     }
     paths = {name: predictions_file(folder, name) for name in ("model", *settings.controls)}
     made = {name: path for name, path in paths.items() if not is_current(path, fingerprint)}
@@ -73,6 +84,11 @@ def predict_run(
             model = make_model(config, tokenizer)
         model.to(device).eval()
         collator = make_collator(model, tokenizer, config.data if weights is None else None)
+        constraint = None
+        if constrained != "none":
+            engine = GrammarEngine(tokenizer, model.language_model.config.vocab_size, constrained)
+            records = (record for file in config.data.train_paths for record in read_samples(file))
+            constraint = Constraint(engine, training_grammar(records, engine.grammar_kind, collator.data.codec))
     for name, path in made.items():
         rows = predict(
             model,
@@ -83,6 +99,7 @@ def predict_run(
             pool=pool,
             max_new_tokens=max_new_tokens,
             batch_size=settings.batch_size,
+            constraint=constraint,
         )
         write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
         manifest = {"sha256": file_hash(path), "made_from": fingerprint}
@@ -93,13 +110,52 @@ def predict_run(
 
 
 def predictions_folder(
-    config: RunConfig, checkpoint: str | Path | None, num_scenes: int | None, max_new_tokens: int | None
+    config: RunConfig,
+    checkpoint: str | Path | None,
+    num_scenes: int | None,
+    max_new_tokens: int | None,
+    constrained: str | None = None,
 ) -> Path:
     """Where `predict_run` puts its files for these arguments."""
+    settings = config.prediction
     parts = [Path(checkpoint).name] if checkpoint else []
-    parts += [f"scenes-{num_scenes}"] if num_scenes not in (None, config.prediction.num_scenes) else []
-    parts += [f"tokens-{max_new_tokens}"] if max_new_tokens not in (None, config.prediction.max_new_tokens) else []
+    parts += [f"scenes-{num_scenes}"] if num_scenes not in (None, settings.num_scenes) else []
+    parts += [f"tokens-{max_new_tokens}"] if max_new_tokens not in (None, settings.max_new_tokens) else []
+    parts += [f"constrained-{constrained}"] if constrained not in (None, settings.constrained) else []
     return config.run_dir / "predictions" / "_".join(parts) if parts else config.run_dir
+
+
+@dataclass(frozen=True, eq=False)
+class Constraint:
+    """What actions are held to while they are written: the grammar's text, by an engine that knows the tokenizer."""
+
+    engine: GrammarEngine
+    grammar: str
+
+
+def used_words(records: Iterable[dict]) -> tuple[set[str], set[str], set[str]]:
+    """(verbs, verbs inside lists and plans, categories) of the records' actions; the 17 categories are always there."""
+    verbs, items, categories = set(), set(), {*CATEGORIES}
+    for record in records:
+        if "action_json" in record:
+            action = scene_action(record)
+            inner = action.actions if isinstance(action, ActionList | PlanRoom) else ()
+            verbs.add(action.verb)
+            items |= {item.verb for item in inner}
+            categories |= {item.category for item in inner or (action,) if isinstance(item, PlaceAnchor)}
+    return verbs, items, categories
+
+
+def training_grammar(records: Iterable[dict], kind: str, codec: str) -> str:
+    """The language of the verbs and categories that a run's training actions use.
+
+    It is one for all questions: a grammar of its own for each kind of question would tell the answer of one that
+    should be refused. Raises ValueError without any action.
+    """
+    verbs, items, categories = used_words(records)
+    if not verbs:
+        raise ValueError("data.train_files hold no action, so there is nothing to constrain; predict without")
+    return grammar(kind, sorted(verbs), None, sorted(categories), codec, items=sorted(items) or None)
 
 
 def is_current(path: Path, fingerprint: dict) -> bool:
@@ -118,11 +174,15 @@ def predict(
     pool: list[Sample] | None = None,
     max_new_tokens: int = 96,
     batch_size: int = 64,
+    constraint: Constraint | None = None,
     progress: bool = True,
 ) -> list[dict]:
-    """One row per sample, in order: index, scene_id, task, question, prediction and reference (texts; metres in the
-    reference frame), action and reference_action (in the scene's frame) or error, view_ids.
+    """One row per sample, in order: index, scene_id, task, question, prediction and reference (texts; actions in the
+    reference frame), view_ids, and what the record says of situation, answers, source and kind of question.
 
+    Rows of action samples also have `action` (None and an `error` where the text is none) and `reference_action`, as
+    `action_record` makes them, in the scene's frame. With a constraint they have `confidence` (one per action of the
+    text) and `unconstrained`, what the same model writes without it.
     control: "model" shows each sample its own views, "shuffled" another scene's (of `pool`, or of `samples`), "blind"
     none.
     """
@@ -131,6 +191,7 @@ def predict(
     order = sorted(range(len(samples)), key=lambda i: (str(samples[i].view_key), samples[i].record["task"]))
     shown = other_scenes(samples, pool or samples) if control == "shuffled" else samples
     texts: dict[int, str] = {}
+    extra: dict[int, dict] = {}
     label = f"predict ({control})"
     with tqdm(total=len(samples), desc=label, unit="sample", disable=not progress, file=sys.stdout) as bar:
         for start in range(0, len(order), batch_size):
@@ -143,18 +204,32 @@ def predict(
             )
             batch = to_device(batch, model.device)
             inputs = {key: batch.pop(key) for key in BATCH_KEYS if key in batch}
-            ids = model.generate(
-                **inputs,
-                views=batch,
+            prompt = model.prompt_embeddings(inputs["input_ids"], inputs.get("scene_index"), batch)
+            mask = inputs["attention_mask"]
+            ids = model.language_model.generate(
+                inputs_embeds=prompt,
+                attention_mask=mask,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
             )
-            for i, text in zip(part, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
-                texts[i] = text
+            texts |= zip(part, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True)
+            held = [k for k, i in enumerate(part) if constraint and "instruction" in samples[i].record]
+            if held:
+                grammars = [constraint.grammar] * len(held)
+                generation = generate_constrained(
+                    model.language_model, prompt[held], mask[held], constraint.engine, grammars,
+                    max_new_tokens=max_new_tokens,
+                )  # fmt: skip
+                written = tokenizer.batch_decode(generation.ids, skip_special_tokens=True)
+                for k, text, confidence in zip(held, written, confidences(generation, tokenizer), strict=True):
+                    extra[part[k]] = {"unconstrained": texts[part[k]], "confidence": confidence}
+                    texts[part[k]] = text
             bar.update(len(part))
-    return [_row(i, sample.record, texts[i]) for i, sample in enumerate(samples)]
+    codec = collator.data.codec
+    *_, categories = used_words(sample.record for sample in samples)
+    return [_row(i, sample.record, texts[i], codec, categories) | extra.get(i, {}) for i, sample in enumerate(samples)]
 
 
 def other_scenes(samples: list[Sample], pool: list[Sample]) -> list[Sample]:
@@ -205,23 +280,24 @@ def to_device(value, device: torch.device):
     return [to_device(v, device) for v in value] if isinstance(value, list) else value
 
 
-def _row(index: int, record: dict, text: str) -> dict:
+def _row(index: int, record: dict, text: str, codec: str, categories: set[str]) -> dict:
     row = {
         "index": index,
         "scene_id": record["scene_id"],
         "task": record["task"],
-        "question": record.get("question") or record["instruction"],
+        "question": question_text(record, codec=codec),
         "prediction": text,
-        "reference": response_text(record),
+        "reference": "" if record.get("answers") == [] else response_text(record, codec=codec),
     }
-    if record.get("situation"):
-        row["situation"] = record["situation"]
+    row |= {key: record[key] for key in KEPT_KEYS if record.get(key) is not None}
     if "action_json" in record:
         reference_to_world = invert_pose(sample_world_to_reference(record))
-        action = parse_action(text)
+        action = parse_action(text, categories, codec)
         if isinstance(action, ActionError):
             row |= {"action": None, "error": action.reason}
         else:
-            row["action"] = asdict(action.transformed(reference_to_world).bound(record["scene_id"]))
-        row["reference_action"] = asdict(scene_action(record))
+            action = action.transformed(reference_to_world).bound(record["scene_id"])
+            row["action"] = action_record(action)
+        row["reference_action"] = action_record(scene_action(record))
+        row |= {} if codec == "m2" else {"codec": codec}
     return row | {"view_ids": record.get("view_ids")}

@@ -17,12 +17,16 @@ from roomplan_lib.config import DataConfig, PositionsConfig
 from roomplan_lib.geometry import resize_intrinsics, unproject
 from roomplan_lib.model.geometry_tokens import NUM_DEPTH_BINS, RECORD_WIDTH, normalise_records
 from roomplan_lib.model.positions import patch_lattice
-from roomplan_lib.samples import check_record, read_samples, resolve_image, sample_root
-from roomplan_lib.samples.targets import response_text, sample_world_to_reference
+from roomplan_lib.samples import check_record, depth_histogram, read_samples, resolve_image, sample_root
+from roomplan_lib.samples.targets import UNCHANGED, Augmentation, response_text, world_to_model
 from roomplan_lib.scenes import load_depth, load_rgb
 from roomplan_lib.training.prompt import prompt_text
 
 IGNORE_INDEX = -100
+NEEDS_DEPTH = (
+    "3D positions and scale jitter need geom_token and depths, which this sample lacks; set model.positions.method to "
+    "base and data.augmentation.scale_jitter to 0, or prepare the samples with depth"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +35,8 @@ class Sample:
 
     record: dict
     root: Path
+    source: int = 0  # which of the files it came from
+    draw: int | None = None  # decides the augmentation of a training sample; None = shown as it is
 
     @property
     def view_key(self) -> tuple:
@@ -47,6 +53,7 @@ class ViewSet:
     has_geometry: bool
     patch_coordinates: Tensor  # float32 [V, P, 3], or [V, P, n_points, 3], metres in the reference frame
     patch_valid: Tensor  # bool [V, P]: enough of the patch's pixels have depth
+    stored_size: tuple[int, int]  # (width, height) of the upright pictures before they were resized
 
 
 def load_samples(files: Iterable[str | Path]) -> list[Sample]:
@@ -56,18 +63,22 @@ def load_samples(files: Iterable[str | Path]) -> list[Sample]:
     there, so that a run stops before its first step and not when it comes to them.
     """
     samples = []
-    for file in files:
+    for source, file in enumerate(files):
         records = read_samples(file)
         if not records:
             raise ValueError(f"{file}: holds no samples")
         root, seen = sample_root(file), set()
         for number, record in enumerate(records, 1):
             check_record(record, f"{file}:{number}")
+            if record.get("without_views"):
+                raise ValueError(
+                    f"{file}:{number}: written without pictures (without_views); prepare the file again with --scans"
+                )
             for path in {*record["images"], *record.get("depths", ())} - seen:
                 seen.add(path)
                 if not resolve_image(root, path).is_file():
                     raise ValueError(f"{file}:{number}: {root / path} is missing; fetch or render the scene again")
-            samples.append(Sample(record, root))
+            samples.append(Sample(record, root, source))
     return samples
 
 
@@ -145,23 +156,26 @@ class Collator:
         blind: no visual tokens at all. Labels cover the response and its end token.
         """
         shown = views or samples
-        keys = list(dict.fromkeys(sample.view_key for sample in shown))
-        first = {sample.view_key: sample for sample in reversed(shown)}
+        changes = [self.augmentation(sample) for sample in shown]
+        shown_as = [(sample.view_key, change) for sample, change in zip(shown, changes, strict=True)]
+        first = dict(zip(reversed(shown_as), reversed(shown), strict=True))
+        keys = list(dict.fromkeys(shown_as))
         prompts, responses = [], []
-        for sample in samples:
+        for sample, change in zip(samples, changes, strict=True):
+            num_tokens = 0 if blind else self.num_visual_tokens
             text = prompt_text(
-                sample.record, self.tokenizer, 0 if blind else self.num_visual_tokens, self.data.visual_first
+                sample.record, self.tokenizer, num_tokens, self.data.visual_first, change, self.data.codec
             )
             prompts.append(self.tokenizer(text, add_special_tokens=False)["input_ids"])
             if not generate:
-                response = response_text(sample.record)
+                response = response_text(sample.record, change, self.data.codec)
                 ids = self.tokenizer(response, add_special_tokens=False)["input_ids"]
                 responses.append([*ids, self.tokenizer.eos_token_id])
         batch = self._pad(samples, prompts, responses, generate)
         if not blind:
-            sets = [self.view_set(first[key]) for key in keys]
+            sets = [self.view_set(first[key], key[1]) for key in keys]
             batch |= {
-                "scene_index": torch.tensor([keys.index(sample.view_key) for sample in shown]),
+                "scene_index": torch.tensor([keys.index(key) for key in shown_as]),
                 "pixel_values": [s.pixel_values for s in sets],
                 "geometry_records": [s.geometry_records for s in sets],
                 "has_geometry": torch.tensor([s.has_geometry for s in sets]),
@@ -193,60 +207,97 @@ class Collator:
         batch = {"input_ids": input_ids, "attention_mask": attention_mask}
         return batch | {"labels": labels} if responses else batch
 
-    def view_set(self, sample: Sample) -> ViewSet:
-        """The sample's views, decoded once and kept (least recently used go first)."""
-        key = sample.view_key
-        if key in self._cache:
-            self._cache.move_to_end(key)
-            return self._cache[key]
-        views = self._load(sample)
-        if self.data.cache_scenes:
-            self._cache[key] = views
-            if len(self._cache) > self.data.cache_scenes:
-                self._cache.popitem(last=False)
-        return views
+    def augmentation(self, sample: Sample) -> Augmentation:
+        """What the draw of a training sample changes; equal draws and settings give equal changes."""
+        settings = self.data.augmentation
+        if sample.draw is None or not (settings.yaw_deg or settings.scale_jitter):
+            return UNCHANGED
+        rng = np.random.default_rng(sample.draw)
+        yaw = np.radians(rng.uniform(-settings.yaw_deg, settings.yaw_deg))
+        return Augmentation(float(yaw), float(np.exp(rng.uniform(-1, 1) * np.log1p(settings.scale_jitter))))
 
-    def _load(self, sample: Sample) -> ViewSet:
+    def view_set(self, sample: Sample, augmentation: Augmentation = UNCHANGED) -> ViewSet:
+        """The sample's views, decoded once and kept (least recently used go first); an augmentation changes no pixel,
+        so it reads depth again and nothing else."""
+        key = sample.view_key
+        views = self._cache.get(key)
+        if views is None:
+            pictures, stored = self._pictures(sample)
+            views = ViewSet(pictures, *self._geometry(sample, pictures, stored, UNCHANGED), stored)
+            if self.data.cache_scenes:
+                self._cache[key] = views
+                if len(self._cache) > self.data.cache_scenes:
+                    self._cache.popitem(last=False)
+        elif self.data.cache_scenes:
+            self._cache.move_to_end(key)
+        if augmentation == UNCHANGED:
+            return views
+        geometry = self._geometry(sample, views.pixel_values, views.stored_size, augmentation)
+        return ViewSet(views.pixel_values, *geometry, views.stored_size)
+
+    def _pictures(self, sample: Sample) -> tuple[Tensor, tuple[int, int]]:
+        """uint8 [V, 3, H, W], upright and resized, and the (width, height) they had before."""
         record = sample.record
-        pictures = [load_rgb(resolve_image(sample.root, image)) for image in record["images"]]
+        turns = record.get("quarter_turns") or [0] * len(record["images"])
+        pictures = [
+            load_rgb(resolve_image(sample.root, image), turn)
+            for image, turn in zip(record["images"], turns, strict=True)
+        ]
         stored = (pictures[0].shape[1], pictures[0].shape[0])
         if any((p.shape[1], p.shape[0]) != stored for p in pictures):
             raise ValueError(f"scene {record['scene_id']}: its views differ in size; give views of one size")
         size = resized_size(*stored, self.data.image_size, self.patch_size)
         resized = [np.asarray(Image.fromarray(p).resize(size, Image.Resampling.BICUBIC)) for p in pictures]
-        grid = (size[1] // self.patch_size, size[0] // self.patch_size)
-        num_views, num_patches = len(pictures), grid[0] * grid[1]
+        return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).contiguous(), stored
+
+    def _geometry(
+        self, sample: Sample, pictures: Tensor, stored: tuple[int, int], augmentation: Augmentation
+    ) -> tuple[Tensor, bool, Tensor, Tensor]:
+        """geometry_records, has_geometry, patch_coordinates, patch_valid of a `ViewSet`."""
+        record = sample.record
+        num_views, _, height, width = pictures.shape
+        grid = (height // self.patch_size, width // self.patch_size)
+        num_patches = grid[0] * grid[1]
         records = torch.zeros(num_views, RECORD_WIDTH)
         coordinates = np.zeros((num_views, num_patches, 3))
         valid = np.zeros((num_views, num_patches), bool)
         geometry = record.get("geom_token")
-        if geometry:
-            poses = np.tile(np.eye(4), (num_views, 1, 1))
-            poses[:, :3, :3] = np.reshape(geometry["R"], (num_views, 3, 3))
-            poses[:, :3, 3] = np.reshape(geometry["t"], (num_views, 3))
-            K = np.reshape(geometry["K"], (num_views, 3, 3)).astype(np.float64)
-            poses = sample_world_to_reference(record) @ poses
-            histogram = torch.tensor(np.reshape(geometry["depth_hist"], (num_views, NUM_DEPTH_BINS)))
-            records = normalise_records(torch.tensor(poses), torch.tensor(K), stored, histogram)
+        if not geometry:
+            if self.needs_positions:
+                raise ValueError(f"scene {record['scene_id']}: {NEEDS_DEPTH}")
+            return records, False, torch.tensor(coordinates, dtype=torch.float32), torch.tensor(valid)
+        poses = np.tile(np.eye(4), (num_views, 1, 1))
+        poses[:, :3, :3] = np.reshape(geometry["R"], (num_views, 3, 3))
+        poses[:, :3, 3] = np.reshape(geometry["t"], (num_views, 3))
+        poses = world_to_model(record, augmentation) @ poses
+        poses[:, :3, :3] /= augmentation.scale
+        K = np.reshape(geometry["K"], (num_views, 3, 3)).astype(np.float64)
+        depths = []
+        if self.needs_positions or augmentation.scale != 1:
+            depths = [depth * np.float32(augmentation.scale) for depth in self._depths(sample)]
+        histograms = geometry["depth_hist"]
+        if augmentation.scale != 1:
+            histograms = np.stack([depth_histogram(depth) for depth in depths])
+        histogram = torch.tensor(np.reshape(histograms, (num_views, NUM_DEPTH_BINS)))
+        records = normalise_records(torch.tensor(poses), torch.tensor(K), stored, histogram)
         if self.needs_positions:
-            if not geometry or not record.get("depths"):
-                raise ValueError(
-                    f"scene {record['scene_id']}: 3D positions need geom_token and depths, which this sample lacks; "
-                    "set model.positions.method to base or prepare the samples with depth"
-                )
             n_points, min_valid_share = self.needs_positions.n_points, self.needs_positions.min_valid_share
             if n_points > 1:
                 coordinates = np.zeros((num_views, num_patches, n_points, 3))
-            for v, path in enumerate(record["depths"]):
-                depth = load_depth(resolve_image(sample.root, path))
-                # depth may be stored at another size than the picture: its intrinsics are scaled, not its values
-                K_depth = K[v] if depth.shape[::-1] == stored else resize_intrinsics(K[v], stored, depth.shape[::-1])
+            own_K = np.reshape(record["depth_K"], (num_views, 3, 3)) if "depth_K" in record else None
+            for v, depth in enumerate(depths):
+                # Depth may be stored at another size than the picture: its intrinsics are scaled, not its values.
+                K_depth = resize_intrinsics(K[v], stored, depth.shape[::-1]) if own_K is None else own_K[v]
                 points, known = unproject(depth, K_depth, poses[v])
                 coordinates[v], valid[v] = patch_coordinates(points, known, grid, n_points, min_valid_share)
-        return ViewSet(
-            torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).contiguous(),
-            records,
-            bool(geometry),
-            torch.tensor(coordinates, dtype=torch.float32),
-            torch.tensor(valid),
-        )
+        return records, True, torch.tensor(coordinates, dtype=torch.float32), torch.tensor(valid)
+
+    def _depths(self, sample: Sample) -> list[np.ndarray]:
+        """[V] of float32 [H, W] metres, upright."""
+        record = sample.record
+        if not record.get("depths"):
+            raise ValueError(f"scene {record['scene_id']}: {NEEDS_DEPTH}")
+        turns = record.get("quarter_turns") or [0] * len(record["depths"])
+        scale = record.get("depth_scale", 1000)
+        paths = (resolve_image(sample.root, path) for path in record["depths"])
+        return [load_depth(path, turn, scale) for path, turn in zip(paths, turns, strict=True)]

@@ -43,6 +43,12 @@ def train(config: RunConfig, on_log: Callable[[dict], None] | None = None) -> Pa
     set_seed(config.seed)
     train_samples = load_samples(config.data.train_paths)
     eval_samples = load_samples(config.data.eval_paths) if config.data.eval_paths else []
+    refuse_hidden_answers([*train_samples, *eval_samples])
+    if config.data.augmentation.scale_jitter and any("question" in sample.record for sample in train_samples):
+        raise ValueError(
+            "data.augmentation.scale_jitter changes all metres, but answers in words would keep theirs; "
+            "set it to 0 or train on action records alone"
+        )
     tokenizer = make_tokenizer(config, train_samples)
     model = make_model(config, tokenizer)
     collator = make_collator(model, tokenizer, config.data)
@@ -66,6 +72,16 @@ def train(config: RunConfig, on_log: Callable[[dict], None] | None = None) -> Pa
     if trainer.args.should_save:
         save_model_folder(run_dir / "model", model, tokenizer)
     return run_dir
+
+
+def refuse_hidden_answers(samples: list[Sample]) -> None:
+    """Raise ValueError for a sample of a test set whose answers are hidden: there is nothing to compute a loss from."""
+    for sample in samples:
+        if sample.record.get("answers") == []:
+            name = sample.record.get("question_id") or sample.record["scene_id"]
+            raise ValueError(
+                f"{name}: its answers are hidden; such a file can be predicted on, not trained or evaluated on"
+            )
 
 
 def open_run(config: RunConfig) -> Path:
@@ -100,7 +116,11 @@ def make_tokenizer(config: RunConfig, train_samples: list[Sample]) -> PreTrained
         return load_tokenizer(settings.tokenizer or settings.name)
     blank = train_tokenizer([], vocab_size=0)
     records = [sample.record for sample in train_samples]
-    texts = (prompt_text(r, blank, 1, config.data.visual_first) + response_text(r) for r in records)
+    data = config.data
+    texts = (
+        prompt_text(r, blank, 1, data.visual_first, codec=data.codec) + response_text(r, codec=data.codec)
+        for r in records
+    )
     return train_tokenizer(texts, settings.vocab_size)
 
 

@@ -2,49 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
-from torch.utils.data import BatchSampler
+from torch.utils.data import BatchSampler, Dataset
 
 from roomplan_lib.training.collator import Sample
+
+Draw = tuple[int, int]  # index of a sample, and the number that decides its augmentation
+
+
+class DrawnSamples(Dataset):
+    """Training samples by `Draw`, each told its draw."""
+
+    def __init__(self, samples: list[Sample]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, drawn: Draw) -> Sample:
+        return replace(self.samples[drawn[0]], draw=drawn[1])
 
 
 class GroupedBatchSampler(BatchSampler):
     """All batches of a run: each `micro_batch_size // group_size` groups of up to `group_size` samples of one view set.
 
-    One pass shuffles every view set's samples, cuts them into groups and shuffles the groups; a run is as many passes
-    as `num_batches` needs. The order depends on the seed alone, so a resumed run skips what it has seen, and ranks that
-    take every n-th batch see different samples.
+    One pass over a source shuffles every view set's samples, cuts them into groups and shuffles the groups; of a scene
+    with several view sets each pass takes one, in turn. A run is as many passes as `num_batches` needs. The order
+    depends on the seed alone, so a resumed run skips what it has seen, and ranks that take every n-th batch see
+    different samples.
+
+    shares: share of the samples that come from each source (`Sample.source`), kept as even as whole groups allow
+    throughout the run; () = all sources mixed as if one.
     """
 
     def __init__(
-        self, samples: list[Sample], *, micro_batch_size: int, group_size: int, num_batches: int, seed: int
+        self,
+        samples: list[Sample],
+        *,
+        micro_batch_size: int,
+        group_size: int,
+        num_batches: int,
+        seed: int,
+        shares: Sequence[float] = (),
     ) -> None:
         if not samples:
             raise ValueError("no samples to train on")
         self.groups_per_batch, self.group_size = micro_batch_size // group_size, group_size
         self.batch_size, self.drop_last = micro_batch_size, False  # what data-parallel wrappers read
         self.num_batches, self.seed = num_batches, seed
-        members: dict[tuple, list[int]] = {}
+        self.shares = np.array(shares or (1.0,)) / sum(shares or (1.0,))
+        # by source, by scene, by view set: the samples of it
+        self.members: list[dict[tuple, dict[tuple, list[int]]]] = [{} for _ in self.shares]
         for i, sample in enumerate(samples):
-            members.setdefault(sample.view_key, []).append(i)
-        self.members = [np.array(indices) for indices in members.values()]
+            scenes = self.members[sample.source if shares else 0]
+            numbered = "view_set" in sample.record
+            # View sets without a number (files that name none) are all taken in every pass.
+            scene = (sample.root, sample.record["scene_id"]) if numbered else sample.view_key
+            scenes.setdefault(scene, {}).setdefault(sample.view_key, []).append(i)
+        for source, share in enumerate(self.shares):
+            if share > 0 and not self.members[source]:
+                raise ValueError(f"data.train_shares: file {source + 1} has share {share:g} and no samples")
 
     def __len__(self) -> int:
         return self.num_batches
 
-    def __iter__(self) -> Iterator[list[int]]:
-        groups = self._groups()
+    def __iter__(self) -> Iterator[list[Draw]]:
+        streams = [self._groups(source) for source in range(len(self.shares))]
+        taken = np.zeros(len(self.shares))
+        rng = np.random.default_rng((self.seed, 2**32 - 1))
         for _ in range(self.num_batches):
-            yield np.concatenate([next(groups) for _ in range(self.groups_per_batch)]).tolist()
+            batch = []
+            for _ in range(self.groups_per_batch):
+                # The source that lags furthest behind its share of what has been drawn.
+                source = int(np.argmax(self.shares * (taken.sum() + self.group_size) - taken))
+                group = next(streams[source])
+                taken[source] += len(group)
+                draw = int(rng.integers(2**31))
+                batch += [(int(i), draw) for i in group]
+            yield batch
 
-    def _groups(self) -> Iterator[np.ndarray]:
+    def _groups(self, source: int) -> Iterator[np.ndarray]:
         number = 0
         while True:
-            rng = np.random.default_rng((self.seed, number))
+            rng = np.random.default_rng((self.seed, number, source) if source else (self.seed, number))
             groups = []
-            for indices in self.members:
+            for scene_number, view_sets in enumerate(self.members[source].values()):
+                indices = list(view_sets.values())[(scene_number + number) % len(view_sets)]
                 shuffled = rng.permutation(indices)
                 groups += [shuffled[i : i + self.group_size] for i in range(0, len(shuffled), self.group_size)]
             for i in rng.permutation(len(groups)):

@@ -19,7 +19,7 @@ from roomplan_lib.config import RunConfig
 from roomplan_lib.files import write_whole
 from roomplan_lib.model.vlm import RoomPlanVLM
 from roomplan_lib.training.collator import Collator, Sample
-from roomplan_lib.training.sampler import GroupedBatchSampler
+from roomplan_lib.training.sampler import DrawnSamples, GroupedBatchSampler
 
 CHECKPOINT_MARK = "trainer_state.json"  # the last file that a checkpoint gets
 
@@ -90,9 +90,10 @@ class RoomPlanTrainer(Trainer):
             group_size=settings.group_size,
             num_batches=settings.max_steps * settings.gradient_accumulation_steps * self.args.world_size,
             seed=self.config.seed,
+            shares=self.config.data.train_shares,
         )
         loader = DataLoader(
-            self.train_samples,
+            DrawnSamples(self.train_samples),
             batch_sampler=sampler,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,

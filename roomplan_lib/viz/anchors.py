@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from matplotlib.gridspec import GridSpecFromSubplotSpec
 from matplotlib.lines import Line2D
+from scipy.optimize import linear_sum_assignment
 
-from roomplan_lib.actions import PlaceAnchor
+from roomplan_lib.actions import ActionList, PlaceAnchor, PlanRoom, parse_action
 from roomplan_lib.geometry import OrientedBox, box_iou_3d
 from roomplan_lib.samples.visibility import MIN_VISIBLE_PIXELS, pixels_in_boxes
 from roomplan_lib.scenes import Scene, View
@@ -55,26 +57,34 @@ class AnchorPair:
 
 
 def anchor_pairs(scene: Scene, rows: list[dict]) -> list[AnchorPair]:
-    """The anchor rows of this scene (others are passed over), in their order, as boxes in the scene's frame.
+    """The anchors of this scene's rows (others are passed over), in their order, as boxes in the scene's frame.
 
-    Raises ValueError when there is none.
+    Where a row has several, each true one is paired with a prediction so that the distances add up to the least;
+    predictions beyond their number are in no pair. Raises ValueError when there is no true anchor.
     """
     pairs: list[AnchorPair] = []
     for row in rows:
         if row["scene_id"] != scene.scene_id or "reference_action" not in row:
             continue
-        true = action_box(row["reference_action"])
-        same = [p.number for p in pairs if p.true.label == true.label and np.allclose(p.true.center, true.center)]
-        number = same[0] if same else 1 + max((p.number for p in pairs), default=0)
-        pairs.append(AnchorPair(number, true, action_box(row["action"]) if row["action"] else None))
+        trues, predicted = action_boxes(row["reference_action"]), action_boxes(row["action"])
+        distances = np.array([[np.linalg.norm(t.center - p.center) for p in predicted] for t in trues])
+        matches = dict(zip(*linear_sum_assignment(distances), strict=True)) if distances.size else {}
+        for k, true in enumerate(trues):
+            same = [p.number for p in pairs if p.true.label == true.label and np.allclose(p.true.center, true.center)]
+            number = same[0] if same else 1 + max((p.number for p in pairs), default=0)
+            pairs.append(AnchorPair(number, true, predicted[matches[k]] if k in matches else None))
     if not pairs:
         raise ValueError(f"scene {scene.scene_id}: none of the {len(rows)} predictions is an anchor in it")
     return pairs
 
 
-def action_box(action: dict) -> OrientedBox:
-    """The upright box of an action as prediction files hold it (a dict with lists)."""
-    return PlaceAnchor(**{k: tuple(v) if isinstance(v, list) else v for k, v in action.items()}).to_box()
+def action_boxes(action: dict | list | None) -> list[OrientedBox]:
+    """The upright boxes of an action, or list of actions, as prediction files hold it; none for what places nothing."""
+    if not action:
+        return []
+    read = parse_action(json.dumps(action), categories=None)
+    actions = read.actions if isinstance(read, ActionList | PlanRoom) else (read,)
+    return [item.to_box() for item in actions if isinstance(item, PlaceAnchor)]
 
 
 def best_views(scene: Scene, views: list[View], boxes: list[OrientedBox], num_views: int) -> list[View]:

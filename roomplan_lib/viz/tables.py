@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
@@ -14,17 +16,75 @@ MEASURES = {
         ("mean_iou_3d", "mean 3D IoU", "higher"),
         ("acc_iou25", "share with IoU >= 0.25", "higher"),
         ("valid_json_rate", "share of valid actions", "higher"),
+        ("acc_iou50", "share with IoU >= 0.5", "higher"),
+        ("extent_error_m", "mean size error (m)", "lower"),
+        ("yaw_error_deg", "mean yaw error (deg)", "lower"),
+        ("scaled_mean_iou_3d", "mean 3D IoU, one scale per scene", "higher"),
     ),
-    "qa": (("em", "exact match", "higher"),),
+    "qa": (
+        ("em", "exact match", "higher"),
+        ("em_refined", "refined match", "higher"),
+        ("bleu_4", "BLEU-4", "higher"),
+        ("rouge_l", "ROUGE-L", "higher"),
+        ("cider", "CIDEr", "higher"),
+    ),
+    "lists": (
+        ("f1_iou25", "F1, IoU >= 0.25", "higher"),
+        ("f1_iou50", "F1, IoU >= 0.5", "higher"),
+        ("f1_50cm", "F1, centres within 50 cm", "higher"),
+        ("query_f1_iou25", "mean F1 per question, bounds, IoU >= 0.25", "higher"),
+        ("ap_iou25", "AP, IoU >= 0.25", "higher"),
+        ("valid_json_rate", "share of valid actions", "higher"),
+    ),
+    "plans": (
+        ("f1_iou25", "walls, doors, windows: F1, IoU >= 0.25", "higher"),
+        ("corner_error_m", "corner error (m)", "lower"),
+        ("corner_f1_25cm", "corners within 25 cm, F1", "higher"),
+        ("floor_iou", "floor IoU", "higher"),
+        ("object_f1_iou25", "furniture: F1, IoU >= 0.25", "higher"),
+        ("object_f1_50cm", "furniture: F1, centres within 50 cm", "higher"),
+        ("valid_json_rate", "share of valid actions", "higher"),
+    ),
+    "captions": (
+        ("bleu_4", "BLEU-4", "higher"),
+        ("rouge_l", "ROUGE-L", "higher"),
+        ("cider", "CIDEr", "higher"),
+    ),
+    "language": (
+        ("json_rate", "JSON", "higher"),
+        ("valid_rate", "valid action", "higher"),
+        ("semantic_rate", "makes sense in a room", "higher"),
+        ("type_accuracy", "right verb", "higher"),
+        ("category_accuracy", "right category", "higher"),
+        ("abstain_precision", "refusals that are right", "higher"),
+        ("abstain_recall", "refused where it should", "higher"),
+        ("duplicate_rate", "placed twice", "lower"),
+    ),
 }
-TASK_NAMES = {"anchors": "Anchors", "qa": "Questions"}
+FIGURE_MEASURES = {
+    "anchors": MEASURES["anchors"][:3],
+    "qa": MEASURES["qa"][:1],
+    "lists": MEASURES["lists"][:1],
+    "plans": MEASURES["plans"][3:5],
+}
+TASK_NAMES = {
+    "anchors": "Anchors", "qa": "Questions", "lists": "Lists of anchors", "plans": "Whole rooms",
+    "captions": "Captions", "language": "Actions as text",
+}  # fmt: skip
 SHOWN = {
     "model": "model",
+    "unconstrained": "model without the grammar",
     "shuffled": "shuffled (another scene's views)",
     "blind": "blind (no views)",
     "constant": "constant (median training box)",
     "majority": "majority (commonest training answer)",
+    "retrieval": "retrieval (training sample of most similar words)",
+    "noise_5cm": "truth moved by 5 cm",
+    "noise_10cm": "truth moved by 10 cm",
+    "noise_20cm": "truth moved by 20 cm",
+    "quantised": "truth as text has it",
 }
+IN_FIGURE = ("model", "shuffled", "blind", "constant", "majority")
 
 
 def scores_table(scores: dict) -> str:
@@ -33,37 +93,50 @@ def scores_table(scores: dict) -> str:
     Raises ValueError when there is no score.
     """
     parts = []
-    for task, by_control in _tasks(scores).items():
-        measures = MEASURES[task]
+    for task, by_control in _tasks(scores, MEASURES).items():
+        measures = [entry for entry in MEASURES[task] if any(entry[0] in score for score in by_control.values())]
         head = ["", *(title for _, title, _ in measures)]
-        if task == "qa":
-            tasks = sorted({name for score in by_control.values() for name in score.get("em_by_task", {})})
-            head += tasks if len(tasks) > 1 else []
-        rows = []
-        for control, score in by_control.items():
-            cells = [_cell(score, key) for key, _, _ in measures]
-            if task == "qa" and len(tasks) > 1:
-                cells += [_number(score.get("em_by_task", {}).get(name)) for name in tasks]
-            rows.append([SHOWN[control], *cells])
-        parts.append(f"{_heading(task, by_control)}\n\n{_markdown(head, rows)}")
+        kinds = sorted({name for score in by_control.values() for name in score.get("em_by_task", {})})
+        kinds = kinds if len(kinds) > 1 else []
+        rows = [
+            [
+                SHOWN[control],
+                *(_cell(score, key) for key, _, _ in measures),
+                *(_number(score.get("em_by_task", {}).get(name)) for name in kinds),
+            ]
+            for control, score in by_control.items()
+        ]
+        parts.append(f"{_heading(task, by_control)}\n\n{markdown_table(head + kinds, rows)}")
         protocol = scores.get("protocols", {}).get(task)
         if protocol:
             parts[-1] += f"\n\nProtocol {protocol}. In brackets: 95 % interval, bootstrap over scenes."
+        published = by_control.get("model", {}).get("published", {})
+        if published:
+            head = ["model, as papers count", *(title for _, title, _ in MEASURES["qa"])]
+            rows = [
+                [f"{source}: {protocol}", *(_number(score.get(key)) for key, _, _ in MEASURES["qa"])]
+                for source, by_protocol in published.items()
+                for protocol, score in by_protocol.items()
+            ]
+            parts[-1] += f"\n\n{markdown_table(head, rows)}"
     return "\n\n".join(parts)
 
 
 def scores_figure(scores: dict) -> PrintFigure:
-    """One panel per measure: the model (orange) above its controls (grey), with 95 % intervals over scenes.
+    """One panel per measure of FIGURE_MEASURES: the model (orange) above its controls (grey), 95 % intervals over scenes.
 
-    Raises ValueError when there is no score.
+    Raises ValueError when there is no score of these.
     """
+    tasks = {
+        task: {name: score for name, score in by_control.items() if name in IN_FIGURE}
+        for task, by_control in _tasks(scores, FIGURE_MEASURES).items()
+    }
     panels = [
         (task, by_control, key, title, better)
-        for task, by_control in _tasks(scores).items()
-        for key, title, better in MEASURES[task]
-        if key != "valid_json_rate"
+        for task, by_control in tasks.items()
+        for key, title, better in FIGURE_MEASURES[task]
     ]
-    figure = PrintFigure(2.6, 1.75 * len(panels) + len(_tasks(scores)))
+    figure = PrintFigure(2.6, 1.75 * len(panels) + len(tasks))
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     seen: set[str] = set()
     for ax, (task, by_control, key, title, better) in zip(axes, panels, strict=True):
@@ -98,11 +171,11 @@ def scores_figure(scores: dict) -> PrintFigure:
     return figure
 
 
-def _tasks(scores: dict) -> dict[str, dict[str, dict]]:
-    """Scores by task and control, the model first."""
-    tasks = {task: scores[task] for task in MEASURES if scores.get(task)}
+def _tasks(scores: dict, known: Collection[str]) -> dict[str, dict[str, dict]]:
+    """Scores by task, of those `known`, and by control, the model first."""
+    tasks = {task: scores[task] for task in known if scores.get(task)}
     if not tasks:
-        raise ValueError(f"scores: expected scores under {' or '.join(MEASURES)}, got the keys {sorted(scores)}")
+        raise ValueError(f"scores: expected scores under {' or '.join(known)}, got the keys {sorted(scores)}")
     unknown = {name for part in tasks.values() for name in part} - SHOWN.keys()
     if unknown:
         raise ValueError(f"scores: expected the controls {', '.join(SHOWN)}, got {sorted(unknown)}")
@@ -124,7 +197,8 @@ def _number(value: float | None) -> str:
     return "-" if value is None or not np.isfinite(value) else f"{value:.3f}"
 
 
-def _markdown(head: list[str], rows: list[list[str]]) -> str:
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table whose columns line up as plain text too."""
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
