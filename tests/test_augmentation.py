@@ -68,7 +68,8 @@ def test_turn_and_scale_are_what_the_draw_says(anchors):
     np.testing.assert_allclose(second.center, matrix @ first.center, atol=1e-9)
     np.testing.assert_allclose(second.extent, np.multiply(first.extent, change.scale), atol=1e-9)
     axis = abs(np.dot(second.normal, matrix @ first.normal)) / change.scale
-    assert axis == pytest.approx(1, abs=1e-3)  # a record keeps four decimals; a normal may flip: half a turn leaves the box as it is
+    # A record keeps four decimals; a normal may flip, since half a turn leaves the box as it is.
+    assert axis == pytest.approx(1, abs=1e-3)
 
 
 def test_held_out_samples_and_no_augmentation_change_nothing(anchors):

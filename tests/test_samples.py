@@ -23,7 +23,6 @@ from roomplan_lib.samples import (
     manifest_path,
     read_manifest,
     read_samples,
-    resolve_image,
     sample_root,
     write_samples,
 )
@@ -42,7 +41,7 @@ from roomplan_lib.samples.views import (
     view_points,
 )
 from roomplan_lib.samples.visibility import pixels_in_boxes, visible_boxes
-from roomplan_lib.scenes import CATEGORIES, Scene, load_depth
+from roomplan_lib.scenes import CATEGORIES, Scene, load_depth, path_below
 from roomplan_lib.scenes.arkitscenes import read_scene
 
 FURNITURE = [
@@ -136,11 +135,11 @@ def test_unreadable_samples_are_named(tmp_path, text, words):
 @pytest.mark.parametrize("name", ["/etc/passwd", "../x.png", "a/../../x.png", "", "a\\..\\x.png", "a/.."])
 def test_paths_out_of_the_root_are_refused(name):
     with pytest.raises(ValueError, match="expected a path below"):
-        resolve_image("/data", name)
+        path_below("/data", name)
 
 
 def test_path_below_the_root():
-    assert resolve_image("/data", "a/b..c/x.png") == Path("/data/a/b..c/x.png")
+    assert path_below("/data", "a/b..c/x.png") == Path("/data/a/b..c/x.png")
 
 
 def test_depth_histogram_counts_valid_pixels():
@@ -621,7 +620,7 @@ def test_prepared_files_are_good_and_reused(raw, capsys):
     scene = read_scene(raw / "Training" / record["scene_id"])
     poses = {view.view_id: view.camera_to_world for view in scene.views}
     for v, view_id in enumerate(record["view_ids"]):
-        assert resolve_image(sample_root(files["anchors_train"]), record["images"][v]).stem == view_id
+        assert path_below(sample_root(files["anchors_train"]), record["images"][v]).stem == view_id
         assert np.abs(np.reshape(record["geom_token"]["R"][v], (3, 3)) - poses[view_id][:3, :3]).max() < 1e-4
         assert np.abs(np.array(record["geom_token"]["t"][v]) - poses[view_id][:3, 3]).max() < 1e-4
     manifest = read_manifest(files["qa_train"])
@@ -1197,7 +1196,7 @@ def test_rendered_depth_reprojects(sample_files):
     """Surfaces of a room agree between views by the records' own poses and intrinsics."""
     root = sample_root(sample_files["anchors_train"])
     record = read_samples(sample_files["anchors_train"])[0]
-    geometry, depths = record["geom_token"], [load_depth(resolve_image(root, name)) for name in record["depths"]]
+    geometry, depths = record["geom_token"], [load_depth(path_below(root, name)) for name in record["depths"]]
     poses = np.tile(np.eye(4), (len(depths), 1, 1))
     poses[:, :3, :3] = np.reshape(geometry["R"], (-1, 3, 3))
     poses[:, :3, 3] = geometry["t"]
@@ -1226,6 +1225,6 @@ def test_anchor_targets_are_seen_in_the_pictures(sample_files):
         for v, name in enumerate(record["depths"]):
             pose = np.eye(4)
             pose[:3, :3], pose[:3, 3] = np.reshape(geometry["R"][v], (3, 3)), geometry["t"][v]
-            points, valid = unproject(load_depth(resolve_image(root, name)), np.reshape(geometry["K"][v], (3, 3)), pose)
+            points, valid = unproject(load_depth(path_below(root, name)), np.reshape(geometry["K"][v], (3, 3)), pose)
             most = max(most, points_in_box(points[valid], target, 0.03).sum())
         assert most >= 150

@@ -33,7 +33,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
@@ -270,14 +270,6 @@ def sample_root(path: Path | str) -> Path:
     if not manifest_path(path).exists():
         return path.parent
     return Path(os.path.normpath(path.parent.resolve() / read_manifest(path)["root"]))
-
-
-def resolve_image(root: Path | str, relative: str) -> Path:
-    """`root / relative`. Raises ValueError for an absolute path or one that climbs out of `root`."""
-    parts = PurePosixPath(relative)
-    if parts.is_absolute() or ".." in parts.parts or "\\" in relative or not parts.parts:
-        raise ValueError(f"{relative!r}: expected a path below {root}, without `..`, absolute starts or backslashes")
-    return Path(root) / parts
 
 
 def rounded(values: np.ndarray, decimals: int) -> list[float]:

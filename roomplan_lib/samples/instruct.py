@@ -20,8 +20,8 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from roomplan_lib.files import file_hash
-from roomplan_lib.samples import is_text, read_manifest, resolve_image, write_samples
-from roomplan_lib.samples.annotations import (
+from roomplan_lib.samples import is_text, read_manifest, write_samples
+from roomplan_lib.samples.entries import (
     SPLIT_WORDS,
     file_split,
     file_words,
@@ -32,6 +32,7 @@ from roomplan_lib.samples.annotations import (
     texts_of,
     unique,
 )
+from roomplan_lib.scenes import path_below
 
 TASK = "instruct"
 MAX_LISTED = 10  # broken entries that the manifest names
@@ -124,7 +125,7 @@ def _records(
                 left_out["without_picture"] += 1
                 continue
             try:
-                found = resolve_image(images, picture).is_file()
+                found = path_below(images, picture).is_file()
             except ValueError as error:
                 raise ValueError(f"{where}: picture {error}") from None
             if not found:

@@ -26,13 +26,12 @@ from roomplan_lib.samples import (
     manifest_path,
     read_manifest,
     record_faults,
-    resolve_image,
     sample_root,
 )
 from roomplan_lib.samples.describe import category_text, plural, upright
 from roomplan_lib.samples.planes import TASK as PLANE_TASK
 from roomplan_lib.samples.views import MIN_BASELINE
-from roomplan_lib.scenes import CATEGORIES, load_depth, load_rgb
+from roomplan_lib.scenes import CATEGORIES, load_depth, load_rgb, path_below
 
 # All keys of a record, see the docstring of `roomplan_lib.samples`; the last two are those of published annotations.
 KEYS = {
@@ -324,7 +323,7 @@ class _Checker:
     def _decode(self, name: str, load: Callable[[Path], object]) -> tuple:
         """(what `load` makes of a picture or None, its fault or "")."""
         try:
-            return load(resolve_image(self.root, name)), ""
+            return load(path_below(self.root, name)), ""
         except ValueError as error:
             return None, str(error)
 

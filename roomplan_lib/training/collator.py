@@ -17,9 +17,9 @@ from roomplan_lib.config import DataConfig, PositionsConfig
 from roomplan_lib.geometry import resize_intrinsics, unproject
 from roomplan_lib.model.geometry_tokens import NUM_DEPTH_BINS, RECORD_WIDTH, normalise_records
 from roomplan_lib.model.positions import patch_lattice
-from roomplan_lib.samples import check_record, depth_histogram, read_samples, resolve_image, sample_root
+from roomplan_lib.samples import check_record, depth_histogram, read_samples, sample_root
 from roomplan_lib.samples.targets import UNCHANGED, Augmentation, response_text, world_to_model
-from roomplan_lib.scenes import load_depth, load_rgb
+from roomplan_lib.scenes import load_depth, load_rgb, path_below
 from roomplan_lib.training.prompt import prompt_text
 
 IGNORE_INDEX = -100
@@ -76,7 +76,7 @@ def load_samples(files: Iterable[str | Path]) -> list[Sample]:
                 )
             for path in {*record["images"], *record.get("depths", ())} - seen:
                 seen.add(path)
-                if not resolve_image(root, path).is_file():
+                if not path_below(root, path).is_file():
                     raise ValueError(f"{file}:{number}: {root / path} is missing; fetch or render the scene again")
             samples.append(Sample(record, root, source))
     return samples
@@ -240,8 +240,7 @@ class Collator:
         record = sample.record
         turns = record.get("quarter_turns") or [0] * len(record["images"])
         pictures = [
-            load_rgb(resolve_image(sample.root, image), turn)
-            for image, turn in zip(record["images"], turns, strict=True)
+            load_rgb(path_below(sample.root, image), turn) for image, turn in zip(record["images"], turns, strict=True)
         ]
         stored = (pictures[0].shape[1], pictures[0].shape[0])
         if any((p.shape[1], p.shape[0]) != stored for p in pictures):
@@ -299,5 +298,5 @@ class Collator:
             raise ValueError(f"scene {record['scene_id']}: {NEEDS_DEPTH}")
         turns = record.get("quarter_turns") or [0] * len(record["depths"])
         scale = record.get("depth_scale", 1000)
-        paths = (resolve_image(sample.root, path) for path in record["depths"])
+        paths = (path_below(sample.root, path) for path in record["depths"])
         return [load_depth(path, turn, scale) for path, turn in zip(paths, turns, strict=True)]

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from roomplan_lib.samples import box_from_record, manifest_path, read_manifest, read_samples, resolve_image, sample_root
+from roomplan_lib.samples import box_from_record, manifest_path, read_manifest, read_samples, sample_root
 from roomplan_lib.samples.targets import question_text, response_text
-from roomplan_lib.scenes import View, load_rgb
+from roomplan_lib.scenes import View, load_rgb, path_below
 from roomplan_lib.viz.boxes import draw_boxes_on_view
 from roomplan_lib.viz.style import FONT_SIZE, RUN_COLORS, RUN_DASHES, TRUE_COLOR, WIDTH, PrintFigure, plain_axes
 from roomplan_lib.viz.tables import markdown_table
@@ -219,13 +219,13 @@ def record_views(record: dict, root: str | Path) -> list[View]:
     turns = record.get("quarter_turns") or [0] * len(record["images"])
     geometry, views = record["geom_token"], []
     for v, image in enumerate(record["images"]):
-        path = resolve_image(root, image)
+        path = path_below(root, image)
         height, width, _ = load_rgb(path, turns[v]).shape
         K = pose = None
         if geometry:
             K, pose = np.reshape(geometry["K"][v], (3, 3)), np.eye(4)
             pose[:3, :3], pose[:3, 3] = np.reshape(geometry["R"][v], (3, 3)), geometry["t"][v]
-        depth = resolve_image(root, record["depths"][v]) if record.get("depths") else None
+        depth = path_below(root, record["depths"][v]) if record.get("depths") else None
         name = record["view_ids"][v] if record.get("view_ids") else path.stem
         views.append(View(name, path, depth, K, pose, 0.0, width, height, turns[v], record.get("depth_scale", 1000.0)))
     return views
