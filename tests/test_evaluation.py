@@ -4,20 +4,33 @@ import dataclasses
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import shapely
 
-from roomplan_lib.actions import PlaceAnchor, format_action
+from roomplan_lib.actions import (
+    ActionList,
+    NoAction,
+    PlaceAnchor,
+    PlaceDoor,
+    PlaceWall,
+    PlanRoom,
+    action_record,
+    format_action,
+    parse_action,
+)
+from roomplan_lib.evaluation.baselines import NOISE_M, TrainingAnswers, most_similar, moved, quantised
+from roomplan_lib.evaluation.layout_metrics import floor_polygon
 from roomplan_lib.evaluation.predict import find_weights, first_scenes, other_scenes, predict, predict_run
 from roomplan_lib.evaluation.scores import (
     anchor_error,
-    constant_predictions,
-    exact_match,
-    majority_predictions,
+    read_actions,
     read_predictions,
     score_anchors,
     score_answers,
+    score_predictions,
     score_run,
 )
 from roomplan_lib.geometry import OrientedBox, box_iou_3d
@@ -25,30 +38,49 @@ from roomplan_lib.samples import read_samples
 from roomplan_lib.samples.targets import reference_action, response_text, scene_action
 from roomplan_lib.training.collator import load_samples
 from roomplan_lib.training.run import make_collator, make_model, make_tokenizer, train
+from roomplan_lib.viz import scores_table
 
 
 def anchor(center, extent=(1.0, 1.0, 1.0), category="chair", normal=(1.0, 0.0, 0.0)):
     return format_action(PlaceAnchor(category, tuple(center), normal, tuple(extent)))
 
 
+def rows_of(*pairs, **more):
+    return [{"scene_id": s, "question": "?", "prediction": p, "reference": r} | more for s, p, r in pairs]
+
+
 def test_anchor_scores_by_hand():
     truth = anchor((0, 0, 0))
-    rows = [
-        {"scene_id": "a", "prediction": anchor((0.5, 0, 0)), "reference": truth},  # IoU 1/3
-        {"scene_id": "a", "prediction": anchor((0, 3, 4)), "reference": truth},  # 5 m off
-        {"scene_id": "b", "prediction": truth, "reference": truth},
-        {"scene_id": "b", "prediction": truth[:-1], "reference": truth},  # no JSON
-    ]
-    scores = score_anchors(rows)
+    rows = rows_of(
+        ("a", anchor((0.5, 0, 0)), truth),  # IoU 1/3
+        ("a", anchor((0, 3, 4)), truth),  # 5 m off
+        ("b", truth, truth),
+        ("b", truth[:-1], truth),  # no JSON
+    )
+    scores = score_anchors(read_actions(rows))
     assert scores["median_center_error_m"] == pytest.approx(0.5)
     assert scores["mean_iou_3d"] == pytest.approx((1 / 3 + 0 + 1 + 0) / 4)
-    assert scores["acc_iou25"] == 0.5 and scores["valid_json_rate"] == 0.75
+    assert scores["acc_iou25"] == 0.5 and scores["acc_iou50"] == 0.25 and scores["valid_json_rate"] == 0.75
     assert scores["num_samples"] == 4 and scores["num_scenes"] == 2
     low, high = scores["ci95"]["mean_iou_3d"]
     assert low == pytest.approx(1 / 6) and high == pytest.approx(1 / 2)  # all draws of one scene or the other
-    nothing = score_anchors([{"scene_id": "a", "prediction": "", "reference": truth}])
-    assert nothing["median_center_error_m"] is None and nothing["mean_iou_3d"] == 0
+    assert [scores[f"within_{d}"] for d in ("10cm", "25cm", "50cm", "1m")] == [0.25, 0.25, 0.5, 0.5]  # of all four
+    assert (scores["median_horizontal_error_m"], scores["median_vertical_error_m"]) == (0.5, 0)
+    nothing = score_anchors(read_actions(rows_of(("a", "", truth))))
+    assert nothing["median_center_error_m"] is None and nothing["mean_iou_3d"] == 0 and nothing["yaw_error_deg"] is None
     json.dumps(nothing, allow_nan=False)
+    refused = '{"action":"none","reason":"not_present"}'
+    refusal = score_anchors(read_actions(rows_of(("a", refused, truth))))
+    assert refusal["valid_json_rate"] == 1 and refusal["answered_rate"] == 0 and refusal["mean_iou_3d"] == 0
+
+
+def test_one_scale_per_scene_is_taken_out():
+    centers = [(1.0, 2.0, 0.5), (-1.5, 1.0, 0.0)]
+    rows = [("a", anchor(np.multiply(c, 2), (2.0, 2.0, 2.0)), anchor(c)) for c in centers]
+    rows.append(("b", anchor((1, 0, 0)), anchor((1, 0, 0))))
+    scores = score_anchors(read_actions(rows_of(*rows)))
+    assert scores["scaled_mean_iou_3d"] == pytest.approx(1) and scores["scaled_median_center_error_m"] < 1e-9
+    assert scores["mean_iou_3d"] == pytest.approx(1 / 3)
 
 
 def test_damaged_reference_is_an_error_not_a_score():
@@ -62,7 +94,7 @@ def test_damaged_reference_is_an_error_not_a_score():
         ("Yes.", "yes", True),
         (" the  brown table ", "brown table", True),
         ("", "yes", False),
-        ("", "", False),
+        ("", "?", False),
         ("the", "a", False),
         ("1.5", "15", False),
         ("yes yes", "yes", False),
@@ -70,22 +102,232 @@ def test_damaged_reference_is_an_error_not_a_score():
     ],
 )
 def test_exact_match(prediction, reference, match):
-    assert exact_match(prediction, [reference]) is match
-    assert exact_match(prediction, ["other", reference]) is match
+    row = {"scene_id": "x", "prediction": prediction, "reference": reference}
+    assert score_answers([row])["em"] == match
+    assert score_answers([row | {"answers": ["other", reference]}])["em"] == match
+
+
+def test_answers_are_grouped_and_scored_as_papers_do():
+    sqa3d = {"task": "sqa3d", "source": "sqa3d"}
+    rows = [
+        sqa3d | {"scene_id": "x", "question_type": "how", "prediction": "2", "reference": "two"},
+        sqa3d | {"scene_id": "y", "question_type": "is", "prediction": "", "reference": "yes"},
+        {"scene_id": "y", "task": "scanqa", "source": "scanqa", "prediction": "2", "reference": "2"},
+    ]
+    rows[2]["answers"] = ["2", "two"]
+    scores = score_answers(rows)
+    assert scores["em"] == pytest.approx(2 / 3) and scores["em_by_task"] == {"scanqa": 1.0, "sqa3d": 0.5}
+    assert scores["by_question_type"]["how"] == {"em": 1.0, "em_refined": 1.0, "num_samples": 1}
+    assert scores["published"]["sqa3d"]["leo"]["em"] == 0.5
+    assert scores["published"]["scanqa"]["gpt4scene"]["em"] == 1  # "two" stands among the answers as it is
+    assert {"bleu_4", "rouge_l", "cider", "em_refined"} <= set(scores["ci95"])
+
+
+# Baselines ------------------------------------------------------------------------------------------------------------
 
 
 def test_constant_and_majority_know_only_training_answers(sample_files):
     train = read_samples(sample_files["anchors_train"])
-    rows = [{"scene_id": "x", "reference": "", "reference_action": {"category": label}} for label in ("chair", "none")]
+    known = TrainingAnswers(train)
     chairs = [reference_action(r) for r in train if scene_action(r).category == "chair"]
-    predicted = json.loads(constant_predictions(train, rows)[0]["prediction"])
-    assert predicted["center"] == pytest.approx(np.median([c.center for c in chairs], axis=0), abs=0.0051)
-    assert constant_predictions(train, rows)[1]["prediction"] != constant_predictions(train, rows)[0]["prediction"]
-    answers = [{"task": "t", "answer": a} for a in ("2", "1", "2")] + [{"task": "u", "answer": "yes"}]
-    rows = [{"scene_id": "x", "task": task, "reference": ""} for task in ("t", "u", "new")]
-    assert [row["prediction"] for row in majority_predictions(answers, rows)] == ["2", "yes", "2"]
-    score = score_answers([{"scene_id": "x", "task": "t", "prediction": "2", "reference": "2"}])
-    assert score["em"] == 1 and score["em_by_task"] == {"t": 1.0}
+    chair, unseen = (known.constant(PlaceAnchor(label, (0, 0, 0), (1, 0, 0), (1, 1, 1))) for label in ("chair", "lamp"))
+    assert chair.center == pytest.approx(np.median([c.center for c in chairs], axis=0), abs=0.0051)  # as text has it
+    assert unseen != chair and known.constant(ActionList((chair,))) == ActionList((chair,))
+    assert known.constant(PlanRoom(())) is None and TrainingAnswers([]).constant(chair) is None
+    answers = [{"task": "t", "question": "?", "answer": a} for a in ("2", "1", "2")]
+    known = TrainingAnswers([*answers, {"task": "u", "question": "?", "answer": "yes"}])
+    assert known.majority(["t", "u", "new"]) == ["2", "yes", "2"]
+    assert TrainingAnswers([]).majority(["t"]) == [None]
+
+
+def test_retrieval_takes_the_most_similar_words():
+    def jaccard(a, b):
+        return len(a & b) / len(a | b)
+
+    rng = np.random.default_rng(0)
+    sets = [frozenset(map(str, rng.integers(12, size=rng.integers(1, 7)))) for _ in range(400)]
+    queries, candidates = sets[:300], sets[300:]
+    expected = [max(range(100), key=lambda j: (jaccard(q, candidates[j]), -j)) for q in queries]
+    assert most_similar(queries, candidates).tolist() == expected
+    assert most_similar([frozenset({"new"})], candidates).tolist() == [0]
+    records = [
+        {"task": "color", "question": "What color is the red sofa?", "answer": "red"},
+        {"task": "color", "question": "What color is the table?", "answer": "brown"},
+        {"task": "count", "question": "What color is the sofa?", "answer": "2"},
+    ]
+    known = TrainingAnswers(records)
+    rows = [{"task": task, "question": "What color is the sofa?"} for task in ("color", "count", "new")]
+    assert known.retrieved(rows, is_action=False) == [0, 2, 2]  # of its task; of all where the task is new
+    assert known.retrieved(rows, is_action=True) == [None] * 3
+
+
+def test_the_constant_plan_is_the_room_of_medians():
+    """The reference frame of a camera that looks along y at the origin is the scene's own."""
+    look = {"R": [[1, 0, 0, 0, 0, 1, 0, -1, 0]], "t": [[0, 0, 0]]}
+
+    def record(width, depth, *labels):
+        corners = [(0.0, 0.0), (width, 0.0), (width, depth), (0.0, depth)]
+        walls = [PlaceWall(a, b, -1.5, 2.5) for a, b in zip(corners, corners[1:] + corners[:1], strict=True)]
+        things = [PlaceAnchor(label, (width / 2, 1.0, 0.0), (1.0, 0.0, 0.0), (0.5, 0.6, 1.0)) for label in labels]
+        action = json.dumps(action_record(PlanRoom((*walls, *things))))
+        return {
+            "task": "plan_room",
+            "instruction": "Plan it.",
+            "action_json": action,
+            "geom_token": look,
+            "scene_id": "s",
+        }
+
+    records = [record(3.0, 4.0, "bed"), record(5.0, 4.0, "bed", "sofa"), record(4.0, 3.0, "sofa", "bed")]
+    plan = TrainingAnswers(records).constant(PlanRoom(()))
+    assert floor_polygon(plan).equals(shapely.box(0, 0, 4, 4))
+    assert [item.z + item.height for item in plan.actions[:4]] == [1.0] * 4
+    # the sofa too, since two rooms of three have one; its places are 2.5 and 2
+    assert [(item.category, item.center[0]) for item in plan.actions[4:]] == [("bed", 2.0), ("sofa", 2.25)]
+    own = [{"scene_id": "s", "question": "Plan it.", "prediction": "", "reference": response_text(records[0])}]
+    scores = score_predictions(own, train=records)["plans"]
+    assert scores["constant"]["floor_iou"] == pytest.approx(12 / 16) and scores["retrieval"]["f1_iou50"] == 1
+
+
+def test_noise_and_text_move_places_by_what_they_say():
+    chair = PlaceAnchor("chair", (123.4567, -7.0, 0.333), (math.cos(0.5), math.sin(0.5), 0.0), (0.5, 0.6, 0.7))
+    wall = PlaceWall((0.0, 0.0), (4.0, 0.0), 0.0, 2.5)
+    plan = PlanRoom((wall, PlaceDoor(0, (1.0, 0.0, 1.0), 0.9, 2.0), chair))
+    rng = np.random.default_rng(0)
+    for distance in NOISE_M.values():
+        assert math.dist(moved(chair, distance, rng).center, chair.center) == pytest.approx(distance)
+        new_wall, door, new_chair = moved(plan, distance, rng).actions
+        places = [
+            (new_wall.a, wall.a),
+            (new_wall.b, wall.b),
+            (door.center, (1, 0, 1)),
+            (new_chair.center, chair.center),
+        ]
+        assert [math.dist(*pair) for pair in places] == pytest.approx([distance] * 4)
+    assert moved(NoAction("ambiguous"), 1.0, rng) == NoAction("ambiguous")
+    for codec in ("m2", "cm"):
+        read = quantised(chair, codec)  # 123 m is beyond the codec, which a shift by whole metres mends
+        assert read.center == pytest.approx((123.46, -7.0, 0.33)) and read.normal == (0.88, 0.48, 0.0)
+    assert quantised(ActionList((chair, chair))).actions[1].center == pytest.approx((123.46, -7.0, 0.33))
+
+
+def test_a_file_of_five_keys_can_be_scored():
+    """Questions and anchors, without anything but scene, question, prediction and reference."""
+    truth = '{"action":"place_anchor","scene":"1","center":[0.123456,0,0],"normal":[0,1,0],"extent":[1,1,1]}'
+    rows = [
+        {"index": 0, "scene_id": "1", "question": "Where?", "prediction": anchor((0, 0, 0)), "reference": truth},
+        {"index": 1, "scene_id": "1", "question": "What color?", "prediction": "Brown.", "reference": "brown"},
+        {"index": 2, "scene_id": "2", "question": "What color?", "prediction": "", "reference": ""},  # hidden
+    ]
+    scores = score_predictions(rows)
+    assert set(scores) == {"anchors", "language", "qa", "protocols"}
+    assert scores["anchors"]["model"]["median_center_error_m"] == pytest.approx(0.123456)
+    assert set(scores["anchors"]) == {"model", *NOISE_M}
+    errors = [scores["anchors"][name]["median_center_error_m"] for name in NOISE_M]
+    assert errors == pytest.approx(list(NOISE_M.values()))
+    assert scores["qa"]["model"]["em"] == 1 and scores["qa"]["model"]["num_samples"] == 1
+    for key, value in (("prediction", None), ("scene_id", 3), ("answers", "brown")):
+        with pytest.raises(ValueError, match=f"model row 1: {key}: expected"):
+            score_predictions([rows[0], rows[1] | {key: value}])
+    with pytest.raises(ValueError, match="no predictions"):
+        score_predictions([])
+    assert "| truth moved by 20 cm" in scores_table(scores)
+
+
+def test_lists_refusals_and_plans_have_tables_of_their_own():
+    chairs = [parse_action(anchor((float(x), 1.0, 0.5))) for x in range(4)]
+    two, none = format_action(ActionList(tuple(chairs[:2]))), '{"action":"none","reason":"not_present"}'
+    walls = [((0, 0), (4, 0)), ((4, 0), (4, 3)), ((4, 3), (0, 3)), ((0, 3), (0, 0))]
+    plan = PlanRoom((*(PlaceWall(a, b, 0.0, 2.5) for a, b in walls), PlaceDoor(0, (2, 0, 1), 0.9, 2.0), *chairs))
+    text = format_action(plan)
+    rows = rows_of(
+        ("a", two, format_action(ActionList(tuple(chairs[:3])))),
+        ("a", none, two),
+        ("b", two, two),
+        ("b", none, none),
+        ("c", anchor((0, 0, 0)), none),
+        ("c", text, text),
+        ("d", "{", text),
+    )
+    scores = score_predictions(rows)
+    lists = scores["lists"]["model"]
+    assert lists["f1_iou25"] == pytest.approx(2 * 4 / (4 + 7)) and lists["num_samples"] == 3
+    assert lists["recall_iou25"] == pytest.approx(4 / 7) and lists["precision_iou25"] == 1
+    assert lists["query_f1_iou25"] == pytest.approx((0.8 + 0 + 1) / 3)
+    assert scores["lists"]["noise_5cm"]["f1_iou50"] == 1
+    plans = scores["plans"]["model"]
+    assert plans["f1_iou25"] == pytest.approx(2 * 5 / 15) and plans["floor_iou"] == 0.5 and plans["corner_error_m"] == 0
+    assert plans["object_f1_iou25"] == pytest.approx(2 * 4 / 12) and plans["valid_json_rate"] == 0.5
+    language = scores["language"]["model"]
+    assert language["abstain_precision"] == language["abstain_recall"] == 0.5
+    assert language["type_accuracy"] == pytest.approx(4 / 7) and language["valid_rate"] == pytest.approx(6 / 7)
+    assert language["confusion"]["none"] == {"none": 1, "place_anchor": 1}
+    assert language["confusion"]["plan_room"] == {"invalid": 1, "plan_room": 1}
+    json.dumps(scores, allow_nan=False)
+    table = scores_table(scores)
+    assert "Whole rooms: 2 samples of 2 scenes" in table and "Lists of anchors: 3 samples of 2 scenes" in table
+
+
+def test_a_grammar_is_compared_with_none():
+    truth = anchor((0, 0, 0))
+    rows = rows_of(("a", truth, truth), unconstrained=truth[:-1], confidence=[0.9])
+    rows += rows_of(("b", truth, truth), unconstrained=truth, confidence=[0.5])
+    scores = score_predictions(rows)
+    assert scores["language"]["model"]["valid_rate"] == 1 and scores["language"]["unconstrained"]["valid_rate"] == 0.5
+    assert scores["anchors"]["unconstrained"]["mean_iou_3d"] == 0.5
+
+
+def test_average_precision_where_rows_hold_confidences():
+    here, away = parse_action(anchor((0, 0, 0))), parse_action(anchor((9, 0, 0)))
+    texts = [format_action(ActionList(part)) for part in ((here, away), (here,))]
+    wanted = format_action(ActionList((here, replace(here, center=(5.0, 0.0, 0.0)))))
+    rows = rows_of(("a", texts[0], wanted), ("b", texts[1], wanted))
+    rows = [row | {"confidence": sure} for row, sure in zip(rows, ([0.9, 0.8], [0.7]), strict=True)]
+    scores = score_predictions(rows)["lists"]["model"]
+    # right, wrong, right of four: precision 1 up to recall 1/4, then 2/3 up to 1/2
+    assert scores["ap_iou25"] == scores["ap_iou50"] == pytest.approx(1 / 4 + 2 / 3 / 4)
+    assert scores["ap3d"] == pytest.approx((26 * 1 + 25 * 2 / 3) / 101)
+    del rows[0]["confidence"]
+    assert "ap_iou25" not in score_predictions(rows)["lists"]["model"]
+
+
+def test_multi3drefer_rows_count_by_their_type():
+    chair = anchor((0, 0, 0))
+    none = '{"action":"none","reason":"not_present"}'
+    rows = rows_of(("a", none, none), ("a", chair, none), ("b", f"[{chair}]", chair), task="multi3drefer")
+    kinds = ("zt_wo_d", "zt_w_d", "st_wo_d")
+    rows = [row | {"eval_type": kind} for kind, row in zip(kinds, rows, strict=True)]
+    scores = score_predictions(rows)["lists"]["model"]
+    assert {kind: part["query_f1_iou25"] for kind, part in scores["by_eval_type"].items()} == {
+        "zt_wo_d": 1, "zt_w_d": 0, "st_wo_d": 1,
+    }  # fmt: skip
+    assert scores["query_f1_iou25"] == pytest.approx(2 / 3)
+
+
+def test_scanrefer_rows_count_unique_and_multiple_apart():
+    truth = anchor((0, 0, 0))
+    rows = rows_of(("a", truth, truth), ("a", anchor((0.3, 0, 0)), truth), ("b", anchor((3, 0, 0)), truth))
+    kinds = ("unique", "multiple", "multiple")
+    rows = [row | {"eval_type": kind} for kind, row in zip(kinds, rows, strict=True)]
+    groups = score_predictions(rows)["anchors"]["model"]["by_eval_type"]
+    assert groups["unique"]["acc_bounds50"] == 1 and groups["multiple"]["acc_bounds50"] == 0.5
+    assert groups["multiple"]["num_samples"] == 2
+
+
+def test_captions_are_scored_as_scan2cap_does():
+    captions = [
+        ("a", "A brown chair next to the desk.", ["A brown chair next to the desk.", "The chair is brown."]),
+        ("a", "", ["A white table."]),
+        ("b", "", ["A small box on the floor."]),
+    ]
+    rows = [row | {"answers": texts} for *pair, texts in captions for row in rows_of((*pair, ""), task="scan2cap")]
+    scores = score_predictions(rows)
+    assert set(scores) == {"captions", "protocols"}
+    golden = {"bleu_4": 0.473268, "rouge_l": 0.630461, "cider": 1.862381}  # GPT4Scene's evaluator
+    assert {key: scores["captions"]["model"][key] for key in golden} == pytest.approx(golden, abs=6e-7)
+
+
+# Predictions ----------------------------------------------------------------------------------------------------------
 
 
 def test_reference_frame_text_is_the_scene_box(sample_files):
@@ -148,7 +390,7 @@ def test_predicted_actions_return_to_the_scene_frame(base, monkeypatch):
     for row in predict(model, tokenizer, collator, samples, max_new_tokens=1, progress=False):
         assert row["action"]["scene"] == row["scene_id"] == row["reference_action"]["scene"]
         assert row["action"]["center"] == pytest.approx(row["reference_action"]["center"], abs=0.01)
-        boxes = [PlaceAnchor(**row[key]).to_box() for key in ("action", "reference_action")]
+        boxes = [parse_action(json.dumps(row[key])).to_box() for key in ("action", "reference_action")]
         assert box_iou_3d(*boxes) > 0.8
 
 
@@ -159,8 +401,15 @@ def test_run_is_predicted_scored_and_reused(tiny_config, capsys):
     assert predict_run(tiny_config) == run_dir
     scores = score_run(tiny_config)
     assert json.loads((run_dir / "scores.json").read_text()) == json.loads(json.dumps(scores))
-    assert set(scores["anchors"]) == {"model", "blind", "shuffled", "constant"}
-    assert set(scores["qa"]) == {"model", "blind", "shuffled", "majority"}
+    of_the_truth = {*NOISE_M, "quantised"}
+    assert set(scores["anchors"]) == {"model", "blind", "shuffled", "constant", "retrieval"} | of_the_truth
+    assert set(scores["qa"]) == {"model", "blind", "shuffled", "majority", "retrieval"}
+    assert set(scores["language"]) == {"model", "blind", "shuffled"}
+    for name, distance in NOISE_M.items():
+        assert scores["anchors"][name]["median_center_error_m"] == pytest.approx(distance)
+    quantised_scores = scores["anchors"]["quantised"]
+    assert quantised_scores["mean_iou_3d"] > 0.93 and 0 < quantised_scores["median_center_error_m"] < 0.009
+    assert all(name in scores_table(scores) for name in ("retrieval", "truth moved by 5 cm", "truth as text has it"))
     rows = read_predictions(run_dir / "predictions.jsonl")
     assert len(rows) == sum(len(read_samples(file)) for file in tiny_config.data.eval_files)
     assert {"index", "scene_id", "question", "prediction", "reference"} <= set(rows[0])
@@ -207,4 +456,4 @@ def test_settings_of_the_run_choose_the_controls(tiny_config):
     train(config)
     folder = predict_run(config)
     assert [path.name for path in folder.glob("predictions*.jsonl")] == ["predictions.jsonl"]
-    assert set(score_run(config)["anchors"]) == {"model", "constant"}
+    assert not {"blind", "shuffled"} & set(score_run(config)["anchors"])

@@ -6,7 +6,7 @@ import json
 import sys
 from bisect import bisect_right
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -133,29 +133,41 @@ class Constraint:
     grammar: str
 
 
-def used_words(records: Iterable[dict]) -> tuple[set[str], set[str], set[str]]:
-    """(verbs, verbs inside lists and plans, categories) of the records' actions; the 17 categories are always there."""
-    verbs, items, categories = set(), set(), {*CATEGORIES}
+@dataclass
+class Language:
+    """What a set of actions uses of the language; `longest`: most actions in one list or plan."""
+
+    verbs: set[str] = field(default_factory=set)
+    items: set[str] = field(default_factory=set)  # verbs inside lists and plans
+    categories: set[str] = field(default_factory=lambda: {*CATEGORIES})
+    longest: int = 1
+
+
+def used_language(records: Iterable[dict]) -> Language:
+    """What the records' actions use; the 17 categories are always there."""
+    used = Language()
     for record in records:
         if "action_json" in record:
             action = scene_action(record)
             inner = action.actions if isinstance(action, ActionList | PlanRoom) else ()
-            verbs.add(action.verb)
-            items |= {item.verb for item in inner}
-            categories |= {item.category for item in inner or (action,) if isinstance(item, PlaceAnchor)}
-    return verbs, items, categories
+            used.verbs.add(action.verb)
+            used.items |= {item.verb for item in inner}
+            used.categories |= {item.category for item in inner or (action,) if isinstance(item, PlaceAnchor)}
+            used.longest = max(used.longest, len(inner))
+    return used
 
 
 def training_grammar(records: Iterable[dict], kind: str, codec: str) -> str:
-    """The language of the verbs and categories that a run's training actions use.
+    """The language of the verbs and categories that a run's training actions use, in lists no longer than theirs.
 
     It is one for all questions: a grammar of its own for each kind of question would tell the answer of one that
     should be refused. Raises ValueError without any action.
     """
-    verbs, items, categories = used_words(records)
-    if not verbs:
+    used = used_language(records)
+    if not used.verbs:
         raise ValueError("data.train_files hold no action, so there is nothing to constrain; predict without")
-    return grammar(kind, sorted(verbs), None, sorted(categories), codec, items=sorted(items) or None)
+    items = sorted(used.items) or None
+    return grammar(kind, sorted(used.verbs), None, sorted(used.categories), codec, used.longest, items)
 
 
 def is_current(path: Path, fingerprint: dict) -> bool:
@@ -228,7 +240,7 @@ def predict(
                     texts[part[k]] = text
             bar.update(len(part))
     codec = collator.data.codec
-    *_, categories = used_words(sample.record for sample in samples)
+    categories = used_language(sample.record for sample in samples).categories
     return [_row(i, sample.record, texts[i], codec, categories) | extra.get(i, {}) for i, sample in enumerate(samples)]
 
 

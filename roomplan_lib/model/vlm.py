@@ -492,7 +492,7 @@ def build_model(settings: ModelConfig, data: DataConfig, vocab_size: int, image_
     vocab_size: entries of the tokenizer; the language model has at least so many embedding rows.
     Raises ValueError for weights that are missing or do not fit.
     """
-    shown = {name: getattr(data, name) for name in ("image_size", "max_length", "visual_first")}
+    shown = {name: getattr(data, name) for name in ("image_size", "max_length", "visual_first", "codec")}
     lm_settings, language_model, encoder, references = settings.language_model, None, None, {}
     if lm_settings.name:
         frozen = bool(lm_settings.freeze or lm_settings.lora)

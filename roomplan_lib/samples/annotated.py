@@ -24,8 +24,8 @@ from roomplan_lib.samples import (
     write_samples,
 )
 from roomplan_lib.samples.anchors import MIN_EXTENT, place_anchor_action
+from roomplan_lib.samples.annotations import AnnotationFile
 from roomplan_lib.samples.build import digest, is_current, read_cache, run_all
-from roomplan_lib.samples.entries import AnnotationFile
 from roomplan_lib.samples.prepare import scene_record
 from roomplan_lib.samples.sqa3d import agent_record, type_counts
 from roomplan_lib.samples.views import choose_view_sets, keep_depth

@@ -12,7 +12,7 @@ import random
 from collections import defaultdict
 from pathlib import Path
 
-from roomplan_lib.samples.entries import (
+from roomplan_lib.samples.annotations import (
     FETCH_FILE,
     AnnotationFile,
     file_split,
@@ -42,7 +42,7 @@ def read_scanrefer(path: Path | str, split: str | None = None, seed: int = 0) ->
     """The records of `ScanRefer_filtered_{train,val,test}.json`: an instruction for each description of one object.
 
     eval_type: "unique" where the file describes no other object of the same name in the scan, else "multiple".
-    split: see `entries.file_split`. seed: of the instructions' wording. Raises ValueError for anything malformed
+    split: see `annotations.file_split`. seed: of the instructions' wording. Raises ValueError for anything malformed
     or a description given twice.
     """
     path = Path(path)
@@ -132,7 +132,7 @@ def read_nr3d(path: Path | str, scene_list: Path | str, split: str | None = None
     """The records of `nr3d.csv` about the scans of `scene_list`, such as ScanNet's `scannetv2_val.txt`: the table holds
     the utterances of all splits.
 
-    split: see `entries.file_split`, of the list. Raises ValueError for anything malformed, an `assignmentid` used
+    split: see `annotations.file_split`, of the list. Raises ValueError for anything malformed, an `assignmentid` used
     twice, or no utterance about these scans.
     """
     split = file_split(scene_list, split)

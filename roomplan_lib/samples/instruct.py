@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from roomplan_lib.files import file_hash
 from roomplan_lib.samples import is_text, read_manifest, write_samples
-from roomplan_lib.samples.entries import (
+from roomplan_lib.samples.annotations import (
     SPLIT_WORDS,
     file_split,
     file_words,
@@ -131,8 +131,10 @@ def _records(
             if not found:
                 raise ValueError(f"{where}: the picture {picture} is not in {images}; fetch it or skip such entries")
             for turn, answer in enumerate(answers):
-                question_id = answer.setdefault("question_id", f"{layout}-{index}-{turn}")
-                unique(known, question_id, f"{where}, turn {turn}")
+                if "question_id" in answer:
+                    unique(known, answer["question_id"], where)
+                else:  # LLaVA's own ids repeat
+                    answer["question_id"] = f"{layout}-{index}-{turn}"
         except ValueError as error:
             if not skip_broken:
                 raise
@@ -155,7 +157,7 @@ def _read_conversation(entry: dict, where: str, split: str, history: int) -> tup
     turns = [_read_turn(turn, where) for turn in _turns(entry, where)]
     roles = [role for role, _ in turns]
     if roles != ["human", "gpt"] * (len(roles) // 2) or not roles:
-        raise ValueError(f"{where}: expected turns of human and gpt by turns, human first, got {roles[:6]}")
+        raise ValueError(f"{where}: expected human and gpt by turns, human first, got {roles[:6]}")
     pictures = entry.get("images", [entry["image"]] if "image" in entry else [])
     if not isinstance(pictures, list) or not all(map(is_text, pictures)):
         raise ValueError(f"{where}: image: expected a path or, as images, a list of paths, got {pictures!r:.80}")
@@ -189,13 +191,13 @@ def _turns(entry: dict, where: str) -> list[dict]:
 
 def _read_turn(turn: dict, where: str) -> tuple[str, str]:
     role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-    if role not in ROLES or not isinstance(text, str):
+    if not isinstance(role, str) or role not in ROLES or not isinstance(text, str):
         raise ValueError(f"{where}: a turn: expected from human or gpt and its value, got {turn!r:.80}")
     return ROLES[role], text
 
 
 def _read_docvqa(entry: dict, where: str, split: str, history: int) -> tuple[str, list[dict]]:
-    if SPLIT_WORDS.get(entry.get("data_split", split)) != split:
+    if SPLIT_WORDS.get(str(entry.get("data_split", split))) != split:
         raise ValueError(f"{where}: data_split {entry['data_split']!r:.80}, but the file is taken for {split}")
     answers = texts_of(entry, "answers", where) if "answers" in entry or split != "test" else []
     if not answers and split != "test":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from roomplan_lib.samples.entries import (
+from roomplan_lib.samples.annotations import (
     SPLIT_WORDS,
     AnnotationFile,
     file_split,
@@ -23,7 +23,7 @@ SOURCE = "scanqa"
 def read_scanqa(path: Path | str, split: str | None = None) -> AnnotationFile:
     """The records of `ScanQA_v1.0_{train,val,test_w_obj,test_wo_obj}.json`; the test files hide their answers.
 
-    Every answer is kept, twins too, since the official metrics count them. split: see `entries.file_split`.
+    Every answer is kept, twins too, since the official metrics count them. split: see `annotations.file_split`.
     Raises ValueError for anything malformed, an id used twice or of another split than the file's.
     """
     path = Path(path)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from roomplan_lib.samples import is_text, rounded
-from roomplan_lib.samples.entries import (
+from roomplan_lib.samples.annotations import (
     AnnotationFile,
     file_split,
     id_of,
@@ -32,7 +32,7 @@ def question_type(question: str) -> str:
 def read_sqa3d(questions: Path | str, annotations: Path | str, split: str | None = None) -> AnnotationFile:
     """The file of questions joined with its file of answers and positions, by `question_id`.
 
-    split: see `entries.file_split`. Raises ValueError for anything malformed, a question or an annotation without
+    split: see `annotations.file_split`. Raises ValueError for anything malformed, a question or an annotation without
     its other half, an id used twice, or two files of different splits.
     """
     questions, annotations = Path(questions), Path(annotations)

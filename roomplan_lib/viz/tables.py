@@ -27,6 +27,7 @@ MEASURES = {
         ("bleu_4", "BLEU-4", "higher"),
         ("rouge_l", "ROUGE-L", "higher"),
         ("cider", "CIDEr", "higher"),
+        ("meteor", "METEOR", "higher"),
     ),
     "lists": (
         ("f1_iou25", "F1, IoU >= 0.25", "higher"),
@@ -49,6 +50,7 @@ MEASURES = {
         ("bleu_4", "BLEU-4", "higher"),
         ("rouge_l", "ROUGE-L", "higher"),
         ("cider", "CIDEr", "higher"),
+        ("meteor", "METEOR", "higher"),
     ),
     "language": (
         ("json_rate", "JSON", "higher"),
@@ -112,9 +114,9 @@ def scores_table(scores: dict) -> str:
             parts[-1] += f"\n\nProtocol {protocol}. In brackets: 95 % interval, bootstrap over scenes."
         published = by_control.get("model", {}).get("published", {})
         if published:
-            head = ["model, as papers count", *(title for _, title, _ in MEASURES["qa"])]
+            head = ["model, as papers count", *(title for _, title, _ in measures)]
             rows = [
-                [f"{source}: {protocol}", *(_number(score.get(key)) for key, _, _ in MEASURES["qa"])]
+                [f"{source}: {protocol}", *(_number(score.get(key)) for key, _, _ in measures)]
                 for source, by_protocol in published.items()
                 for protocol, score in by_protocol.items()
             ]
@@ -123,7 +125,7 @@ def scores_table(scores: dict) -> str:
 
 
 def scores_figure(scores: dict) -> PrintFigure:
-    """One panel per measure of FIGURE_MEASURES: the model (orange) above its controls (grey), 95 % intervals over scenes.
+    """One panel per measure of FIGURE_MEASURES: the model (orange) above its controls (grey), with 95 % intervals.
 
     Raises ValueError when there is no score of these.
     """

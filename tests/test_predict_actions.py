@@ -1,0 +1,104 @@
+"""Predictions of actions: held to the grammar by one switch, in every codec, for lists, refusals and plans."""
+
+import dataclasses
+import json
+
+import pytest
+
+from roomplan_lib.actions import ActionError, ActionList, NoAction, PlanRoom, parse_action
+from roomplan_lib.evaluation.predict import predict_run, training_grammar, used_language
+from roomplan_lib.evaluation.scores import read_predictions, score_run
+from roomplan_lib.samples import read_samples, sample_root, write_samples
+from roomplan_lib.samples.prepare import prepare_arkitscenes
+from roomplan_lib.samples.targets import response_text, scene_action
+from roomplan_lib.training.run import train
+
+TASKS = ("anchors", "lists", "negatives", "plans")
+
+
+@pytest.fixture(scope="module")
+def action_files(rooms_root, tmp_path_factory):
+    return prepare_arkitscenes(
+        rooms_root, tmp_path_factory.mktemp("actions"), num_views=3, tasks=TASKS, workers=1, progress=False
+    )
+
+
+def run_config(tiny_config, files, **data):
+    named = {
+        f"{split}_files": tuple(str(files[f"{task}_{part}"]) for task in TASKS if f"{task}_{part}" in files)
+        for split, part in (("train", "train"), ("eval", "val"))
+    }
+    return dataclasses.replace(
+        tiny_config,
+        data=dataclasses.replace(tiny_config.data, max_length=4096, **named, **data),
+        training=dataclasses.replace(tiny_config.training, max_steps=2, eval_every_steps=0),
+        prediction=dataclasses.replace(
+            tiny_config.prediction, num_scenes=1, max_new_tokens=1500, constrained="llguidance", controls=("blind",)
+        ),
+    )
+
+
+@pytest.mark.parametrize("codec", ["m2", "cm"])
+def test_every_constrained_action_is_valid_and_what_the_model_writes_alone_is_kept(tiny_config, action_files, codec):
+    config = run_config(tiny_config, action_files, codec=codec)
+    train(config)
+    folder = predict_run(config)
+    for name in ("predictions.jsonl", "predictions_blind.jsonl"):
+        rows = read_predictions(folder / name)
+        assert {row["task"] for row in rows} >= {"place_anchor", "plan_room", "none"}
+        for row in rows:
+            assert not isinstance(parse_action(row["prediction"], codec=codec), ActionError), row["prediction"]
+            assert row["action"] is not None and "error" not in row
+            assert all(0 <= confidence <= 1 for confidence in row["confidence"])
+        # Two steps teach no JSON: without the grammar hardly any text is an action.
+        alone = [parse_action(row["unconstrained"], codec=codec) for row in rows]
+        assert sum(isinstance(action, ActionError) for action in alone) > len(rows) / 2
+    scores = score_run(config)
+    assert json.loads((folder / "scores.json").read_text()) == json.loads(json.dumps(scores))
+
+
+def test_switching_the_grammar_off_gives_predictions_of_their_own(tiny_config, action_files):
+    config = run_config(tiny_config, action_files)
+    config = dataclasses.replace(config, prediction=dataclasses.replace(config.prediction, max_new_tokens=8))
+    train(config)
+    free = predict_run(config, constrained="none")
+    assert free.name == "constrained-none"
+    assert all("unconstrained" not in row for row in read_predictions(free / "predictions.jsonl"))
+
+
+def test_the_grammar_holds_what_training_uses(action_files):
+    records = [r for name, file in action_files.items() if name.endswith("train") for r in read_samples(file)]
+    used = used_language(records)
+    assert used.verbs == {"place_anchor", "list", "none", "plan_room"} and {"place_wall", "place_anchor"} <= used.items
+    assert used.longest == max(
+        len(json.loads(r["action_json"]).get("actions", ())) for r in records if r["task"] == "plan_room"
+    )
+    assert "chair" in used.categories and "place_wall" in training_grammar(records, "lark", "m2")
+    questions = [{"question": "?", "answer": "yes"}]
+    with pytest.raises(ValueError, match="hold no action"):
+        training_grammar(questions, "lark", "m2")
+
+
+@pytest.mark.parametrize("codec", ["m2", "cm", "rows"])
+def test_references_of_every_kind_read_back(action_files, codec):
+    for name, kind in (("lists", ActionList), ("negatives", NoAction), ("plans", PlanRoom)):
+        for record in read_samples(action_files[f"{name}_train"]):
+            text = response_text(record, codec=codec)
+            assert isinstance(parse_action(text, codec=codec), kind) and isinstance(scene_action(record), kind)
+
+
+def test_hidden_answers_are_predicted_and_not_trained_on(tiny_config, sample_files, tmp_path):
+    records = [{**r, "answers": []} for r in read_samples(sample_files["qa_val"])[:4]]
+    for record in records:
+        del record["answer"]
+    hidden = tmp_path / "hidden.jsonl"
+    write_samples(hidden, records, {"root": sample_root(sample_files["qa_val"])})
+    data = dataclasses.replace(tiny_config.data, eval_files=(str(hidden),))
+    with pytest.raises(ValueError, match="answers are hidden"):
+        train(dataclasses.replace(tiny_config, data=data, run_name="refused"))
+    train(tiny_config)
+    config = dataclasses.replace(tiny_config, data=data, run_name="other")
+    prediction = dataclasses.replace(config.prediction, controls=())
+    folder = predict_run(dataclasses.replace(config, prediction=prediction), tiny_config.run_dir / "model")
+    rows = read_predictions(folder / "predictions.jsonl")
+    assert len(rows) == 4 and all(row["reference"] == "" and row["answers"] == [] for row in rows)
