@@ -342,15 +342,15 @@ FAULTS = {
     ),
     "depth of a view missing": (
         lambda d: frame(d, "lowres_depth").unlink(),
-        "lowres_depth/42444499_1000.300.png: depth of a posed picture is missing; fetch the scene again",
+        "lowres_depth/42444499_1000.300.png: depth of a posed picture is missing; fetch it again",
     ),
     "picture of a depth missing": (
         lambda d: frame(d, "lowres_wide").unlink(),
-        "lowres_wide/42444499_1000.300.png: picture of a posed depth is missing; fetch the scene again",
+        "lowres_wide/42444499_1000.300.png: picture of a posed depth is missing; fetch it again",
     ),
     "picture and depth missing": (
         lambda d: (frame(d, "lowres_depth").unlink(), frame(d, "lowres_wide").unlink()),
-        "lowres_wide/42444499_1000.300.png: picture of posed intrinsics is missing; fetch the scene again",
+        "lowres_wide/42444499_1000.300.png: picture of posed intrinsics is missing; fetch it again",
     ),
     "picture of another size": (
         lambda d: Image.new("RGB", (128, 96)).save(frames_dir(d) / "lowres_wide" / f"{NAME}_1000.000.png"),

@@ -200,7 +200,8 @@ def predict(
     """
     if control not in CONTROLS:
         raise ValueError(f"control: expected one of {', '.join(CONTROLS)}, got {control!r}")
-    order = sorted(range(len(samples)), key=lambda i: (str(samples[i].view_key), samples[i].record["task"]))
+    # Questions of a scene share its encoding; actions go by kind first: a batch takes as long as its longest text.
+    order = sorted(range(len(samples)), key=lambda i: _place(samples[i]))
     shown = other_scenes(samples, pool or samples) if control == "shuffled" else samples
     texts: dict[int, str] = {}
     extra: dict[int, dict] = {}
@@ -242,6 +243,11 @@ def predict(
     codec = collator.data.codec
     categories = used_language(sample.record for sample in samples).categories
     return [_row(i, sample.record, texts[i], codec, categories) | extra.get(i, {}) for i, sample in enumerate(samples)]
+
+
+def _place(sample: Sample) -> tuple[str, str, str]:
+    task = sample.record["task"]
+    return task if "instruction" in sample.record else "", str(sample.view_key), task
 
 
 def other_scenes(samples: list[Sample], pool: list[Sample]) -> list[Sample]:

@@ -46,8 +46,8 @@ class RoomPlanConfig(PretrainedConfig):
     """What a model folder's config.json holds.
 
     model: plain fields of ModelConfig; language_model: plain fields of its own Hugging Face config; data: the fields of
-    DataConfig that decide what the model is shown (image_size, max_length, visual_first); references: for the parts
-    whose frozen weights the folder does not hold, where they come from (see `reference_to`).
+    DataConfig that decide what the model is shown and how it writes (image_size, max_length, visual_first, codec);
+    references: for the parts whose frozen weights the folder does not hold, where they come from (see `reference_to`).
     """
 
     model_type = "roomplan_vlm"

@@ -90,4 +90,4 @@ def question_text(sample: dict, augmentation: Augmentation = UNCHANGED, codec: s
         box = box_from_record(sample["boxes"][int(marker[1])])
         return anchor_text(canonical(anchor_from_box(box).transformed(world_to_model(sample, augmentation))), codec)
 
-    return BOX_MARKER.sub(written, text)
+    return BOX_MARKER.sub(written, text) if sample.get("boxes") else text  # prepared without scans: nowhere to point

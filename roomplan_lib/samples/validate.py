@@ -341,7 +341,7 @@ class _Checker:
         elif first != number:
             yield f"says the same as record {first}", REMOVE_ONE
         words = [record.get(key, "") for key in ("situation", "question", "instruction")]
-        marked = record["boxes"] if BOX_MARKER.search(words[1] + words[2]) else None
+        marked = record.get("boxes") if BOX_MARKER.search(words[1] + words[2]) else None
         prompt = [record["scene_id"], sorted(record["images"]), marked, *map(_plain, words)]
         response = record.get("action_json") or _plain(record.get("answer", ""))
         key = hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()

@@ -9,7 +9,7 @@ import numpy as np
 
 MAX_BYTES = 64 * 2**20  # the largest file of a scan that is text, its segments, has a few megabytes
 RIGID_TOLERANCE = 1e-2  # rounding of poses on disk; anything larger is a wrong file
-FETCH_AGAIN = "fetch the scene again"
+FETCH_AGAIN = "fetch it again"
 
 
 def read_text(path: Path) -> str:
