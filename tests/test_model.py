@@ -328,5 +328,6 @@ def test_parameter_table_adds_up(setup):
 
 def test_default_data_settings_travel_with_the_model(setup):
     assert setup[0].config.data == {
-        name: getattr(DataConfig(max_length=256), name) for name in ("image_size", "max_length", "visual_first")
+        name: getattr(DataConfig(max_length=256), name)
+        for name in ("image_size", "max_length", "visual_first", "codec")
     }

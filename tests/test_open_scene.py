@@ -45,7 +45,7 @@ def test_scannet(tmp_path, layout):
 def test_a_recording_must_be_exported_first(tmp_path):
     path = tmp_path / f"{SCENE_ID}.sens"
     path.write_bytes(pack_sens(sens_frames()))
-    with pytest.raises(ValueError, match=rf"{SCENE_ID}\.sens: .*export_sens\("):
+    with pytest.raises(ValueError, match=rf"{SCENE_ID}\.sens: .*roomplan prepare sens"):
         open_scene(path)
 
 

@@ -509,8 +509,8 @@ def with_positions(config, **values):
 def test_the_collator_follows_the_settings(tiny_config, monkeypatch, n_points):
     load_depth = collator_module.load_depth
 
-    def with_holes(path):
-        depth = load_depth(path).copy()
+    def with_holes(*stored):
+        depth = load_depth(*stored).copy()
         depth[::7, ::5] = 0  # some pixels of every patch
         depth[: len(depth) // 2, 0] = 0
         return depth
@@ -536,11 +536,13 @@ def test_a_run_tells_the_share_of_samples_with_positions(tiny_config, tmp_path, 
     lost = scenes[::2]  # scenes whose depth sensor was off
     load_depth = collator_module.load_depth
     monkeypatch.setattr(
-        collator_module, "load_depth", lambda path: load_depth(path) * (not any(s in str(path) for s in lost))
+        collator_module,
+        "load_depth",
+        lambda path, *how: load_depth(path, *how) * (not any(s in str(path) for s in lost)),
     )
     model, collator, samples = parts_of(config)
     loader = RoomPlanTrainer(config, model, collator, samples, []).get_train_dataloader()
-    shown = [[samples[i].record["scene_id"] not in lost for i in batch] for batch in loader.batch_sampler]
+    shown = [[samples[i].record["scene_id"] not in lost for i, _ in batch] for batch in loader.batch_sampler]
     steps = (shown[:1], shown[1:2], shown[2:4])  # logged after steps 1, 2 and 4
     expected = [round(float(np.mean(sum(batches, []))), 4) for batches in steps]
     assert 0 < np.mean(expected) < 1
