@@ -29,7 +29,8 @@ app.add_typer(benchmark)
 
 
 def command(function=None, *, app: typer.Typer = app, name: str = ""):
-    """Registers a subcommand whose ValueErrors (wrong input) become one line on stderr and exit status 1.
+    """Registers a subcommand whose ValueErrors (wrong input) and OSErrors (a full or read-only disk) become one line on
+    stderr and exit status 1.
 
     name: the subcommand's, the function's own when left out.
     """
@@ -42,8 +43,9 @@ def command(function=None, *, app: typer.Typer = app, name: str = ""):
     def guarded(*args, **kwargs):
         try:
             return function(*args, **kwargs)
-        except ValueError as error:
-            print(f"{' '.join(['roomplan', *group, name])}: {error}", file=sys.stderr)
+        except (ValueError, OSError) as error:
+            reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+            print(f"{' '.join(['roomplan', *group, name])}: {reason}", file=sys.stderr)
             raise typer.Exit(1) from None
 
     return app.command(name)(guarded)
@@ -85,7 +87,10 @@ def rooms(
 @command(app=prepare)
 def arkitscenes(
     root: Annotated[Path, typer.Option(help="Folder of scenes in an ARKitScenes layout.")],
-    output: Annotated[Path, typer.Option(help="Folder for the JSONL files and their manifests.")],
+    output: Annotated[
+        Path,
+        typer.Option(help="Folder for a JSONL file per task and split; or FILE.jsonl for all tasks of --split."),
+    ],
     split: Annotated[str | None, typer.Option(help="Training or Validation only; both when left out.")] = None,
     tasks: Annotated[str, typer.Option(help="Any of anchors,qa,lists,negatives,planes,plans.")] = "anchors,qa",
     num_views: Annotated[int, typer.Option(min=1, help="Views per sample.")] = 8,
@@ -100,13 +105,21 @@ def arkitscenes(
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; all cores when left out.")] = None,
 ) -> None:
     """Turn ARKitScenes folders, or rooms written like them, into place_anchor and question records."""
+    from roomplan_lib.samples import join_samples
     from roomplan_lib.samples.prepare import prepare_arkitscenes
 
+    one_file = output.suffix == ".jsonl"
+    if one_file and split is None:
+        raise ValueError(f"{output}: one file holds one split; say --split Training or Validation, or give a folder")
+    folder = output.with_name(f".{output.stem}") if one_file else output
     files = prepare_arkitscenes(
-        root, output, split=split, tasks=tasks.split(","), num_views=num_views, strategy=strategy,
+        root, folder, split=split, tasks=tasks.replace(" ", "").split(","), num_views=num_views, strategy=strategy,
         stop_ratio=stop_ratio, view_sets=view_sets, interpolate=interpolate, negative_share=negative_share, seed=seed,
         exclude=exclude or (), skip_broken=skip_broken, workers=workers,
     )  # fmt: skip
+    if one_file:
+        join_samples(files.values(), output)
+        files = {split: output}
     for name, path in files.items():
         print(f"{name}: {path}")
 
@@ -316,16 +329,19 @@ def actions(
 @command(app=prepare)
 def sens(
     scans: Annotated[Path, typer.Option(help="Folder with ScanNet's .sens recordings, in it or below it.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder that gets <scene id>/ for each, beside the scans' folder to be found.")
+    ] = None,
     every: Annotated[int, typer.Option(min=1, help="Export every n-th frame.")] = 10,
 ) -> None:
-    """Export ScanNet recordings to pictures beside them; an interrupted export goes on."""
+    """Export ScanNet recordings to pictures, beside them or in a folder; an interrupted export goes on."""
     from roomplan_lib.scenes.scannet import export_sens
 
     recordings = sorted(scans.rglob("*.sens"))
     if not recordings:
         raise ValueError(f"{scans}: no .sens file in it or below it; `roomplan download scannet` tells how to get them")
     for recording in recordings:
-        print(export_sens(recording, every=every))
+        print(export_sens(recording, output and output / recording.stem, every=every))
 
 
 @command(app=prepare)

@@ -20,7 +20,7 @@ from roomplan_lib.viz.style import FONT_SIZE, RUN_COLORS, RUN_DASHES, TRUE_COLOR
 from roomplan_lib.viz.tables import markdown_table
 
 COLUMNS = 4
-TEXT_WIDTH = 136  # characters of a line under the pictures
+TEXT_WIDTH = 126  # characters of a line under the pictures
 MAX_LINES = 8  # of an answer
 SMALL_BASELINE = 0.1  # metres, as in `validate`: closer cameras show almost the same picture
 
@@ -131,13 +131,10 @@ def lengths_figure(records: dict[str, list[dict]]) -> PrintFigure:
 
 
 def answers_figure(records: list[dict], *, max_answers: int = 20) -> PrintFigure:
-    """The commonest answers, and per task the share of its commonest one: what guessing would score.
-
-    Raises ValueError when no record has an answer.
-    """
+    """The commonest answers, and per task the share of its commonest one: what guessing would score."""
     answered = [record for record in records if record.get("answer")]
     if not answered:
-        raise ValueError("answers_figure: none of the records has an answer in words")
+        return _nothing("none of the records has an answer in words")
     by_task: dict[str, Counter] = defaultdict(Counter)
     for record in answered:
         by_task[f"{record['task']} {record.get('question_type', '')}".strip()][record["answer"].lower()] += 1
@@ -158,14 +155,11 @@ def answers_figure(records: list[dict], *, max_answers: int = 20) -> PrintFigure
 
 
 def labels_figure(records: dict[str, list[dict]]) -> PrintFigure:
-    """How often each category is asked for (boxes of the target instances), a bar per group.
-
-    Raises ValueError when no record names a box.
-    """
+    """How often each category is asked for (boxes of the target instances), a bar per group."""
     counts = {name: Counter(box["label"] for r in part for box in r.get("boxes", ())) for name, part in records.items()}
     counts = {name: part for name, part in counts.items() if part}
     if not counts:
-        raise ValueError("labels_figure: none of the records has boxes")
+        return _nothing("none of the records has boxes")
     labels = [label for label, _ in sum(counts.values(), Counter()).most_common(30)]
     figure = PrintFigure(2.6)
     ax = figure.subplots()
@@ -185,10 +179,7 @@ def labels_figure(records: dict[str, list[dict]]) -> PrintFigure:
 
 
 def coverage_figure(records: dict[str, list[dict]]) -> PrintFigure:
-    """One dot per view set: how far apart its cameras are, and how much of what any view sees its views show.
-
-    Raises ValueError when no record carries these figures.
-    """
+    """One dot per view set: how far apart its cameras are, and how much of what any view sees its views show."""
     figure = PrintFigure(2.8, 0.62 * WIDTH)
     ax = figure.subplots()
     shown = False
@@ -203,7 +194,7 @@ def coverage_figure(records: dict[str, list[dict]]) -> PrintFigure:
             ax.plot(*points.T, marker, color=RUN_COLORS[number % len(RUN_COLORS)], ms=4, alpha=0.7,
                     label=f"{name} ({len(points)})")  # fmt: skip
     if not shown:
-        raise ValueError("coverage_figure: none of the records has coverage and baseline_m; prepare them with depth")
+        return _nothing("none of the records has coverage and baseline_m; they need views with depth")
     ax.axvline(SMALL_BASELINE, color="#888888", lw=1, ls=":")
     plain_axes(ax)
     ax.set_xlim(left=0)
@@ -325,6 +316,13 @@ def _count_numbers(value: object) -> int:
     if isinstance(value, list):
         return sum(map(_count_numbers, value))
     return int(type(value) in (int, float))
+
+
+def _nothing(reason: str) -> PrintFigure:
+    """A line in place of a figure, so that a notebook about any files runs to its end."""
+    figure = PrintFigure(0.4)
+    figure.text(0.01, 0.5, f"nothing to show: {reason}", fontsize=FONT_SIZE + 1, va="center")
+    return figure
 
 
 def _name(file: str | Path) -> str:
