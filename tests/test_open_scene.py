@@ -83,6 +83,17 @@ def test_plain_pictures_in_a_folder_or_a_list(tmp_path):
         assert [view.load_rgb()[0, 0, 0] for view in scene.views] == [10, 1]
 
 
+def test_lists_with_capital_endings_or_a_byte_order_mark(tmp_path):
+    write_photos(tmp_path / "photos")
+    names = ["photos/photo10.png", "photos/photo1.png"]
+    for name, text in (("LIST.TXT", "\n".join(names)), ("LIST.JSON", json.dumps(names))):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+        assert [view.view_id for view in open_scene(tmp_path / name).views] == names
+    (tmp_path / "A.SENS").write_bytes(b"")
+    with pytest.raises(ValueError, match="roomplan prepare sens"):
+        open_scene(tmp_path / "A.SENS")
+
+
 @pytest.mark.parametrize("orientation, turns", [(1, 0), (3, 2), (6, 3), (8, 1)])
 def test_a_camera_s_orientation_tag_sets_the_picture_upright(tmp_path, orientation, turns):
     upright = np.zeros((30, 40, 3), np.uint8)

@@ -186,6 +186,27 @@ def test_malformed_trajectories_name_the_pose(tmp_path, change, expected):
 
 
 @needs_redwood
+def test_redwood_pictures_without_depth_are_dropped_and_the_others_keep_their_poses(tmp_path):
+    shutil.copytree(REDWOOD, tmp_path / "copy")
+    whole = rgbd.read_scene(tmp_path / "copy", up="+y")
+    depths = [view.depth_path for view in whole.views]
+    depths[1].unlink()
+    depths[3].rename(depths[3].with_suffix(".PNG"))
+    scene = rgbd.read_scene(tmp_path / "copy", up="+y")
+    assert [view.view_id for view in scene.views] == ["00000", "00002", "00003", "00004"]
+    assert scene.metadata["num_without_depth"] == 1 and scene.metadata["num_without_pose"] == 0
+    for view in scene.views:
+        np.testing.assert_array_equal(view.camera_to_world, whole.views[int(view.view_id)].camera_to_world)
+    depths[0].unlink()
+    assert len(rgbd.read_scene(tmp_path / "copy").views) == 3  # two of five missing are still the lesser part
+    depths[2].unlink()
+    with pytest.raises(ValueError, match=r"00000\.jpg: its depth picture is missing, like those of 3 of 5"):
+        rgbd.read_scene(tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "depth")  # pictures and poses alone are a scene too
+    assert [view.depth_path for view in rgbd.read_scene(tmp_path / "copy").views] == [None] * 5
+
+
+@needs_redwood
 def test_pictures_that_the_trajectory_leaves_out_are_counted(tmp_path):
     shutil.copytree(REDWOOD, tmp_path / "copy")
     path = tmp_path / "copy" / "trajectory.log"

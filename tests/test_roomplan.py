@@ -4,6 +4,7 @@ import copy
 import json
 import time
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -237,6 +238,74 @@ def test_structure_holds_its_rooms_and_their_merger(room, tmp_path):
     with pytest.raises(ValueError, match="no list `rooms`"):
         read(room, tmp_path)
         read_captured_structure(tmp_path / "room.json")
+
+
+def test_optional_fields_that_are_null_count_as_absent_and_stay_null(room, tmp_path):
+    plain = read(room, tmp_path)
+    room["openings"] = room["floors"] = None
+    for entry in (room["walls"][0], room["doors"][0]):
+        entry |= {"polygonCorners": None, "confidence": None, "completedEdges": None, "curve": None, "story": None}
+    room["walls"][0]["parentIdentifier"] = None
+    room["objects"][0] |= {"attributes": None, "confidence": None, "parentIdentifier": None}
+    scene = read(room, tmp_path)
+    for mine, other in zip([*scene.surfaces, *plain.surfaces], [*plain.surfaces, *scene.surfaces], strict=True):
+        assert (mine.kind, mine.parent_id, mine.polygon) == (other.kind, other.parent_id, None)
+        np.testing.assert_array_equal(mine.box.center, other.box.center)
+    assert scene.boxes[0].label == "washer"
+    write_captured_room(scene, tmp_path / "again.json")
+    written = json.loads((tmp_path / "again.json").read_text())
+    for key in ("doors", "objects"):  # turned by angles whose sine is rounded
+        np.testing.assert_allclose(written[key][0].pop("transform"), room[key][0].pop("transform"), atol=1e-12)
+    assert written == room
+    room["walls"] = None
+    with pytest.raises(ValueError, match="`walls` is missing"):
+        read(room, tmp_path)
+
+
+def test_a_byte_order_mark_or_capital_ending_changes_nothing(room, tmp_path):
+    path = tmp_path / "ROOM.JSON"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(room).encode())
+    assert open_scene(path).scene_id == "ROOM" and captured_room(open_scene(path)) == captured_room(
+        read(room, tmp_path)
+    )
+
+
+@pytest.mark.parametrize("absent", [{}, {"walls": None, "objects": None, "windows": None}])
+def test_structure_with_rooms_alone_joins_their_lists(room, tmp_path, absent):
+    second = json.loads(json.dumps(room).replace("00000000-0000-4000-8000", "11111111-0000-4000-8000"))
+    second["walls"][0]["polygonCorners"] = [[-2, -1.25, 0], [2, -1.25, 0], [0.1, 1.3, 0]]
+    structure = {"rooms": [room, second], "identifier": "C1", **absent}
+    path = tmp_path / "home.json"
+    path.write_text(json.dumps(structure))
+    scene = open_scene(path)
+    assert [s.kind for s in scene.surfaces] == ["wall", "door"] * 2 and scene.metadata["merged_from_rooms"] is True
+    for entry, surface in zip((room["walls"] + second["walls"]), scene.surfaces[::2], strict=True):
+        x, y, z = entry["transform"][12:15]
+        assert surface.box.object_id == entry["identifier"] and surface.box.center.tolist() == [x, -z, y]
+    assert [box.object_id for box in scene.boxes] == [r["objects"][0]["identifier"] for r in (room, second)]
+    assert scene.surfaces[3].parent_id == second["walls"][0]["identifier"]
+    write_captured_room(scene, tmp_path / "again.json")
+    assert json.loads((tmp_path / "again.json").read_text()) == structure
+    whole, rooms = read_captured_structure(path)
+    assert [len(s.boxes) for s in (whole, *rooms)] == [2, 1, 1]
+    write_captured_structure(whole, rooms, tmp_path / "again.json")
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert again.keys() == structure.keys() and len(again["rooms"]) == 2
+
+    scene.boxes[1] = replace(scene.boxes[1], center=[9, 8, 7])  # an edit must reach the file
+    write_captured_room(scene, tmp_path / "moved.json")
+    moved = read_captured_room(tmp_path / "moved.json")
+    assert moved.boxes[1].center.tolist() == [9, 8, 7] and len(moved.surfaces) == 4
+    assert "merged_from_rooms" not in json.loads((tmp_path / "moved.json").read_text())
+
+    structure["rooms"][1] = room
+    path.write_text(json.dumps(structure))
+    with pytest.raises(ValueError, match=r"home\.json: identifier 0+-.* is used twice"):
+        read_captured_room(path)
+    structure["rooms"][1] = {**second, "objects": [3]}
+    path.write_text(json.dumps(structure))
+    with pytest.raises(ValueError, match=r"home\.json: rooms\[1\]\.objects\[0\]: expected an object"):
+        read_captured_room(path)
 
 
 # What is refused ----------------------------------------------------------------------------------------------------

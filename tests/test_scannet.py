@@ -31,8 +31,11 @@ from scannet_files import (
     write_scan,
 )
 from scene_files import ROOM, walk
+from typer.testing import CliRunner
 
+from roomplan_lib import cli
 from roomplan_lib.geometry import resize_intrinsics, unproject
+from roomplan_lib.samples.views import depth_intrinsics
 from roomplan_lib.scenes import scannet
 from roomplan_lib.scenes.ply import read_vertices, vertex_positions
 
@@ -235,10 +238,42 @@ def test_export_is_the_official_layout_and_continues(tmp_path):
     with pytest.raises(ValueError, match="holds the export of"):
         scannet.export_sens(other, tmp_path / "out", progress=False)
 
-    with pytest.raises(ValueError, match=rf"{SCENE_ID}\.sens.*roomplan prepare sens"):
-        scannet.read_scene(sens.parent)
     scannet.export_sens(sens, progress=False)  # beside the recording
     assert len(scannet.read_scene(sens.parent).views) == 5
+
+
+def test_a_recording_without_pictures_leaves_mesh_and_boxes(tmp_path):
+    scan = write_scan(tmp_path)
+    (scan / f"{SCENE_ID}.sens").write_bytes(pack_sens(sens_frames()))
+    scene = scannet.read_scene(scan)
+    assert scene.views == [] and [box.object_id for box in scene.boxes] == [box.object_id for box in BOXES]
+    assert scene.mesh_path.is_file() and f"roomplan prepare sens --scans {scan}" in scene.metadata["no_views"]
+
+    bare = tmp_path / "bare" / "scene0200_00"  # nothing but the recording
+    bare.mkdir(parents=True)
+    (bare / "scene0200_00.sens").write_bytes(pack_sens(sens_frames()))
+    scene = scannet.read_scene(bare)
+    assert (scene.views, scene.boxes, scene.mesh_path) == ([], [], None) and "prepare sens" in scene.metadata[
+        "no_views"
+    ]
+
+
+def test_recordings_exported_to_a_folder_are_found_beside_their_scans(tmp_path):
+    scan = write_scan(tmp_path)
+    other = tmp_path / "scans" / "scene0200_00"
+    other.mkdir()
+    for folder in (scan, other):
+        (folder / f"{folder.name}.sens").write_bytes(pack_sens(sens_frames()))
+    before = set(scan.iterdir())
+    options = ["--scans", str(tmp_path / "scans"), "--output", str(tmp_path / "exported"), "--every", "1"]
+    result = CliRunner().invoke(cli.app, ["prepare", "sens", *options])
+    assert result.exit_code == 0, result.output
+    assert {folder.name for folder in (tmp_path / "exported").iterdir()} == {SCENE_ID, other.name}
+    assert set(scan.iterdir()) == before
+    for folder in (scan, tmp_path / "exported" / SCENE_ID):
+        scene = scannet.read_scene(folder)
+        assert len(scene.views) == 5 and len(scene.boxes) == 4 and "no_views" not in scene.metadata
+        assert scene.views[0].rgb_path == tmp_path / "exported" / SCENE_ID / "color" / "0.jpg"
 
 
 # Views ----------------------------------------------------------------------------------------------------------------
@@ -298,6 +333,40 @@ def test_resized_pictures_with_old_intrinsics_are_refused(tmp_path):
         scannet.read_scene(folder)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_picture_that_lacks_its_depth_is_dropped_and_counted(tmp_path, layout):
+    folder = write_pictures(tmp_path / SCENE_ID, layout)
+    whole = scannet.read_scene(folder)
+    assert whole.metadata["num_without_depth"] == 0
+    whole.views[2].depth_path.unlink()
+    scene = scannet.read_scene(folder)
+    assert [v.view_id for v in scene.views] == [v.view_id for i, v in enumerate(whole.views) if i != 2]
+    assert scene.metadata["num_without_depth"] == 1 and scene.metadata["num_invalid_poses"] == 1
+    for view in scene.views:
+        assert view.load_depth().shape == (30, 40)
+
+
+def test_endings_in_capitals_are_read_alike(tmp_path):
+    for layout in LAYOUTS[:3]:
+        folder = write_pictures(tmp_path / layout / SCENE_ID, layout)
+        for path in [*folder.rglob("*.jpg"), *folder.rglob("*.png")]:
+            path.rename(path.with_suffix(path.suffix.upper()))
+        views = scannet.read_scene(folder).views
+        assert len(views) == 5 and views[0].rgb_path.suffix == ".JPG"
+        assert views[0].load_rgb().shape == (48, 64, 3) and views[0].load_depth().shape == (30, 40)
+
+
+def test_depth_without_intrinsics_of_its_own_has_the_color_camera_s_scaled(tmp_path):
+    folder = write_pictures(tmp_path / SCENE_ID, "posed_images")
+    assert "depth_intrinsics" not in scannet.read_scene(folder).metadata
+    (folder / "depth_intrinsic.txt").unlink()
+    scene = scannet.read_scene(folder)
+    assert scene.metadata["depth_intrinsics"] == "scaled: no depth_intrinsic.txt"
+    # 64x48 to 40x30 is 5/8; a pixel's centre is its integer coordinate, so 32.5 becomes 33 * 5/8 - 1/2.
+    expected = [[57 * 0.625, 0, 20.125], [0, 58 * 0.625, 14.1875], [0, 0, 1]]
+    np.testing.assert_allclose(depth_intrinsics(scene.views[0], DEPTH_SIZE), expected)
+
+
 def test_missing_and_malformed_pictures_name_the_file(tmp_path):
     def broken(change) -> str:
         folder = write_pictures(tmp_path / SCENE_ID, "exported")
@@ -310,7 +379,10 @@ def test_missing_and_malformed_pictures_name_the_file(tmp_path):
             shutil.rmtree(folder)
 
     assert "pose/3.txt: file is missing" in broken(lambda f: (f / "pose/3.txt").unlink())
-    assert "3.jpg: its depth picture is missing" in broken(lambda f: (f / "depth/3.png").unlink())
+    assert "0.jpg: its depth picture is missing, like those of 4 of 6" in broken(
+        lambda f: [(f / f"depth/{i}.png").unlink() for i in range(4)]
+    )
+    assert "like those of 6 of 6" in broken(lambda f: [path.unlink() for path in (f / "depth").iterdir()])
     assert "intrinsic_depth.txt: file is missing" in broken(lambda f: (f / "intrinsic/intrinsic_depth.txt").unlink())
     assert "pose/1.txt: expected 16 numbers" in broken(lambda f: (f / "pose/1.txt").write_text("1 0 0"))
     sheared = "1 0.2 0 0 0 1 0 0 0 0 1 0 0 0 0 1"
@@ -409,6 +481,19 @@ def test_the_table_of_labels_names_nyu40_classes(tmp_path):
     attributes = scannet.read_scene(scan).attributes
     assert attributes["2"] == {"category": "sofa", "nyu40": "sofa"} and attributes["7"] == {"nyu40": "curtain"}
     assert attributes["0"] == {"category": "chair"}
+
+
+def test_a_byte_order_mark_changes_nothing(tmp_path):
+    plain = scannet.read_scene(write_scan(tmp_path / "plain"))
+    scan = write_scan(tmp_path / "marked")
+    texts = [path for path in scan.iterdir() if path.suffix in (".txt", ".json")]
+    assert len(texts) == 3
+    for path in texts:
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    (tmp_path / "marked" / "scannetv2_val.txt").write_bytes(b"\xef\xbb\xbf" + SCENE_ID.encode())
+    marked = scannet.read_scene(scan)
+    assert marked.metadata == plain.metadata and marked.split == "val"
+    assert [box.center.tolist() for box in marked.boxes] == [box.center.tolist() for box in plain.boxes]
 
 
 def test_malformed_annotation_names_the_file(tmp_path):

@@ -238,6 +238,21 @@ def write_samples(path: Path | str, samples: Iterable[dict], manifest: dict) -> 
     write_json(manifest_path(path), entries)
 
 
+def join_samples(files: Iterable[Path], output: Path | str) -> None:
+    """Write the records of several files, in order, as one file with a manifest; what theirs differ in is left out.
+
+    The files' pictures must lie below one root. Raises ValueError when they do not, or a file is unreadable.
+    """
+    files = list(files)
+    manifests = [read_manifest(file) for file in files]
+    roots = {sample_root(file) for file in files}
+    if len(roots) != 1:
+        raise ValueError(f"{output}: the files to join have pictures below {sorted(map(str, roots))}, not one folder")
+    shared = {key: value for key, value in manifests[0].items() if all(m.get(key) == value for m in manifests)}
+    records = (record for file in files for record in read_samples(file))
+    write_samples(output, records, {**shared, "root": roots.pop()})
+
+
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file; it appears whole or not at all."""
     write_whole(path, json.dumps(value, allow_nan=False, ensure_ascii=False) + "\n")

@@ -201,12 +201,13 @@ def _open_file(path: Path) -> Scene:
     from roomplan_lib.scenes import pictures, roomplan, scannet
     from roomplan_lib.scenes.text import read_json
 
-    if path.suffix == ".sens":
+    suffix = path.suffix.lower()
+    if suffix == ".sens":
         raise ValueError(scannet.export_first(path))
-    if path.suffix == ".pkl":
+    if suffix == ".pkl":
         raise ValueError(f"{path}: infos of many scenes; read them with roomplan_lib.scenes.embodiedscan.read_infos")
-    if path.suffix == ".json" and roomplan.is_captured_room(read_json(path)):
+    if suffix == ".json" and roomplan.is_captured_room(read_json(path)):
         return roomplan.read_captured_room(path)
-    if path.suffix in (".json", ".txt"):
+    if suffix in (".json", ".txt"):
         return pictures.read_pictures(path)
     raise ValueError(f"{path}: expected a CapturedRoom (.json), a list of pictures (.json, .txt) or a scene's folder")

@@ -51,7 +51,7 @@ def read_pictures(path: Path | str) -> Scene:
 
 
 def _read_list(path: Path) -> list[str]:
-    if path.suffix != ".json":
+    if path.suffix.lower() != ".json":
         return [line.strip() for line in read_text(path).splitlines() if line.strip()]
     data = read_json(path)
     names = data.get("images") if isinstance(data, dict) else data

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +72,8 @@ class _Recording:
     depth_scale: float = 1000.0
     size: tuple[int, int] | None = None
     num_unmatched: int = 0  # pictures that the list of poses leaves out
+    has_depth: bool = True  # then a frame without depth misses a file
+    notes: dict = field(default_factory=dict)  # for the scene's metadata
 
 
 def layout_of(folder: Path | str) -> str:
@@ -99,7 +101,7 @@ def read_scene(folder: Path | str, up: str | None = None) -> Scene:
     The worlds of 7-Scenes, 3DMatch and Redwood have no common up direction, and the scene's is z up: the world is
     turned by multiples of 90 degrees so that the axis `up` ("-y", ...), which is the one nearest to the pictures' mean
     upward direction when left out, becomes +z. The turn does not level a world whose first camera was tilted.
-    metadata: layout, up_axis, num_invalid_poses (dropped), num_without_pose (dropped).
+    metadata: up_axis and the notes of `read_views`.
 
     Raises ValueError that names the file for anything missing or malformed.
     """
@@ -120,13 +122,25 @@ def read_scene(folder: Path | str, up: str | None = None) -> Scene:
 
 
 def read_views(folder: Path | str) -> tuple[list[View], dict]:
-    """(views with valid poses in the folder's own world, notes {layout, num_invalid_poses, num_without_pose})."""
+    """(views with valid poses in the folder's own world, notes).
+
+    notes: layout; of the pictures dropped num_invalid_poses, num_without_pose and num_without_depth, whose depth file
+    is missing; depth_intrinsics, where they are not the folder's own. Raises ValueError as `read_scene` does, and when
+    more than half of the depth files are missing.
+    """
     folder = Path(folder)
     layout = layout_of(folder)
     if not layout:
         raise ValueError(f"{folder}: no RGB-D pictures in a known layout ({', '.join(_RECORDINGS)})")
     recording = _RECORDINGS[layout](folder)
-    frames = [frame for frame in recording.frames if np.isfinite(frame.camera_to_world).all()]
+    missing = [frame for frame in recording.frames if recording.has_depth and frame.depth_path is None]
+    if 2 * len(missing) > len(recording.frames):
+        raise ValueError(
+            f"{missing[0].rgb_path}: its depth picture is missing, like those of {len(missing)} of "
+            f"{len(recording.frames)} pictures here; {FETCH_AGAIN}"
+        )
+    complete = [frame for frame in recording.frames if frame.depth_path is not None or not recording.has_depth]
+    frames = [frame for frame in complete if np.isfinite(frame.camera_to_world).all()]
     if not frames:
         raise ValueError(
             f"{folder}: none of {len(recording.frames)} pictures has a valid pose; open the folder of the pictures "
@@ -154,8 +168,10 @@ def read_views(folder: Path | str) -> tuple[list[View], dict]:
     ]
     notes = {
         "layout": layout,
-        "num_invalid_poses": len(recording.frames) - len(frames),
+        "num_invalid_poses": len(complete) - len(frames),
         "num_without_pose": recording.num_unmatched,
+        "num_without_depth": len(missing),
+        **recording.notes,
     }
     return views, notes
 
@@ -187,16 +203,22 @@ def _exported(folder: Path) -> _Recording:
         _posed_frames(folder, pictures, depths, lambda name: folder / "pose" / f"{name}.txt"),
         read_intrinsics(Path(f"{prefix}_color.txt")),
         read_intrinsics(Path(f"{prefix}_depth.txt")) if depths is not None else None,
+        has_depth=depths is not None,
     )
 
 
 def _posed_images(folder: Path) -> _Recording:
-    pictures = _files(folder, ".jpg")
+    pictures = _files(folder, ".jpg", ".jpeg")
     depths = _files(folder, ".png") or None
+    depth_K_path = folder / "depth_intrinsic.txt"
+    own_camera = depths is not None and depth_K_path.is_file()
     return _Recording(
         _posed_frames(folder, pictures, depths, lambda name: folder / f"{name}.txt"),
         read_intrinsics(folder / "intrinsic.txt"),
-        read_intrinsics(folder / "depth_intrinsic.txt") if depths is not None else None,
+        read_intrinsics(depth_K_path) if own_camera else None,
+        has_depth=depths is not None,
+        # ScanNet's depth is in line with its colour: there the scaled intrinsics differ by about a pixel.
+        notes={} if own_camera or depths is None else {"depth_intrinsics": f"scaled: no {depth_K_path.name}"},
     )
 
 
@@ -204,19 +226,20 @@ def _frame_files(folder: Path) -> _Recording:
     def files(kind: str) -> dict[str, Path]:
         return {path.name.split(".")[0]: path for path in folder.glob(f"frame-*.{kind}.*") if path.name[0] != "."}
 
-    frames = _posed_frames(folder, files("color"), files("depth") or None, lambda name: folder / f"{name}.pose.txt")
+    depths = files("depth") or None
+    frames = _posed_frames(folder, files("color"), depths, lambda name: folder / f"{name}.pose.txt")
     if (folder / "_info.txt").is_file():
-        return _with_info(frames, folder / "_info.txt")
+        return replace(_with_info(frames, folder / "_info.txt"), has_depth=depths is not None)
     for path in (folder / "camera-intrinsics.txt", folder.parent / "camera-intrinsics.txt"):
         if path.is_file():
-            return _Recording(frames, read_intrinsics(path))
+            return _Recording(frames, read_intrinsics(path), has_depth=depths is not None)
     size = picture_size(frames[0].rgb_path)
     if size != SEVEN_SCENES_SIZE:
         raise ValueError(
             f"{folder}: no camera-intrinsics.txt here or one folder up, and {size[0]}x{size[1]} pictures are not "
             "those of 7-Scenes, whose camera is known; write the file with the 3x3 matrix"
         )
-    return _Recording(frames, SEVEN_SCENES_K)
+    return _Recording(frames, SEVEN_SCENES_K, has_depth=depths is not None)
 
 
 def _with_info(frames: list[_Frame], path: Path) -> _Recording:
@@ -245,22 +268,20 @@ def _files(folder: Path, *suffixes: str) -> dict[str, Path] | None:
     """Numbered files by stem; None where there is no such folder."""
     if not folder.is_dir():
         return None
-    return {path.stem: path for path in folder.iterdir() if path.suffix in suffixes and path.stem.isdecimal()}
+    return {path.stem: path for path in folder.iterdir() if path.suffix.lower() in suffixes and path.stem.isdecimal()}
 
 
 def _posed_frames(folder: Path, pictures: dict[str, Path], depths: dict[str, Path] | None, pose_path) -> list[_Frame]:
-    """Frames in the order of their numbers; each picture must have its pose, and its depth where there is any."""
+    """Frames in the order of their numbers; each picture must have its pose, a missing depth is None."""
     if not pictures:
         raise ValueError(f"{folder}: no pictures; {FETCH_AGAIN}")
     frames = []
     for name in sorted(pictures, key=_frame_number):
         path = pose_path(name)
-        if depths is not None and name not in depths:
-            raise ValueError(f"{pictures[name]}: its depth picture is missing; {FETCH_AGAIN}")
         # Programs built with Microsoft's compiler write infinity and NaN like this.
         text = re.sub(r"1\.#(INF|IND|QNAN)\w*", lambda match: "inf" if match[1] == "INF" else "nan", read_text(path))
         pose = np.array(numbers(text, str(path), 16, "camera_to_world")).reshape(4, 4)
-        depth_path = depths[name] if depths is not None else None
+        depth_path = depths.get(name) if depths is not None else None
         frames.append(_Frame(name, pictures[name], depth_path, pose, str(path), _frame_number(name) / FRAME_RATE))
     return frames
 
@@ -294,7 +315,8 @@ def _redwood(folder: Path) -> _Recording:
         for index, (rgb, depth) in enumerate(pairs)
         if index in poses
     ]
-    return _Recording(frames, K, size=size, num_unmatched=len(pairs) - len(frames))
+    has_depth = (folder / "depth").is_dir()
+    return _Recording(frames, K, size=size, num_unmatched=len(pairs) - len(frames), has_depth=has_depth)
 
 
 def _trajectory_path(folder: Path) -> Path | None:
@@ -307,15 +329,12 @@ def _color_dir(folder: Path) -> Path | None:
 
 
 def _redwood_pairs(folder: Path) -> list[tuple[Path, Path | None]]:
-    """(picture, depth) in order: the names' part before a "-" (then follows a time) is the same."""
-    colors = sorted(path for path in _color_dir(folder).iterdir() if path.suffix in COLOR_SUFFIXES)
+    """(picture, depth or None) in order: the names' part before a "-" (then follows a time) is the same."""
+    colors = sorted(path for path in _color_dir(folder).iterdir() if path.suffix.lower() in COLOR_SUFFIXES)
     if not (folder / "depth").is_dir():
         return [(path, None) for path in colors]
-    depths = {path.stem.split("-")[0]: path for path in (folder / "depth").iterdir() if path.suffix == ".png"}
-    for path in colors:
-        if path.stem.split("-")[0] not in depths:
-            raise ValueError(f"{path}: its depth picture is missing; {FETCH_AGAIN}")
-    return [(path, depths[path.stem.split("-")[0]]) for path in colors]
+    depths = {path.stem.split("-")[0]: path for path in (folder / "depth").iterdir() if path.suffix.lower() == ".png"}
+    return [(path, depths.get(path.stem.split("-")[0])) for path in colors]
 
 
 def _camera(folder: Path) -> tuple[np.ndarray, tuple[int, int]]:

@@ -11,7 +11,8 @@ CapturedStructure, which merges the rooms of a home.
 The file's frame is right-handed with y up, in metres. `transform` is a 4x4 matrix by columns that takes local
 coordinates to the file's frame; its origin is the middle of the surface or object, local x runs along the width, y up
 and z along the depth. A floor's local x and y lie in its plane and z is up. Enums are objects with one key; bare
-strings, which some exporters write, are read too. iOS 16 has no floors, sections, story and polygonCorners.
+strings, which some exporters write, are read too. iOS 16 has no floors, sections, story and polygonCorners. An optional
+field that is null counts as absent, and is null again when written.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import math
 import re
 import uuid
 from bisect import bisect_right
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -48,12 +50,17 @@ MAX_DEPTH = 64  # of nested lists and objects
 MAX_METRES = 10_000.0
 RIGID_TOLERANCE = 1e-3  # real files are orthonormal to 1e-4
 LEVELS, LEVEL_BOUNDS = ("low", "medium", "high"), (1 / 3, 2 / 3)  # of confidence; the shares that part them
+LISTS = (*SURFACES, "objects")
 SUPPLIED = {"confidence": "high", "story": 0, "parentIdentifier": None}  # of what no RoomPlan file told
 EXPORT_AGAIN = "export the room again"
+MERGED = "merged_from_rooms"  # metadata of a CapturedStructure whose file has the lists of its rooms alone
 
 
 def read_captured_room(path: Path | str) -> Scene:
     """The room of a CapturedRoom file, or all rooms of a CapturedStructure file merged; scene_id is the file's name.
+
+    Rooms are merged as the file has them, or by joining their lists where the file has only those: metadata then says
+    `merged_from_rooms`, and a scene that nobody changed is written with its rooms alone again.
 
     Boxes are upright or not, as in the file; `label` is one of our categories where there is one. What the file says
     besides is kept under the file's own keys and in its own frame, so that `write_captured_room` loses nothing:
@@ -81,8 +88,11 @@ def read_captured_structure(path: Path | str) -> tuple[Scene, list[Scene]]:
 
 
 def is_captured_room(data: object) -> bool:
-    """Whether parsed JSON means to be a CapturedRoom or CapturedStructure: it has one of their required lists."""
-    return isinstance(data, dict) and not {"walls", "objects"}.isdisjoint(data) and "action" not in data
+    """Whether parsed JSON means to be a CapturedRoom or CapturedStructure: it or a room of it has a required list."""
+    if not isinstance(data, dict) or "action" in data:
+        return False
+    rooms = data["rooms"] if isinstance(data.get("rooms"), list) else []
+    return any(isinstance(room, dict) and not {"walls", "objects"}.isdisjoint(room) for room in (data, *rooms))
 
 
 def captured_room(scene: Scene, notes: list[str] | None = None) -> dict:
@@ -100,13 +110,14 @@ def captured_room(scene: Scene, notes: list[str] | None = None) -> dict:
     things = [*(s.box for s in scene.surfaces), *scene.boxes]
     names = [box.object_id if native else _identifier(box, i, scene) for i, box in enumerate(things)]
     renamed = {box.object_id: name for box, name in zip(things, names, strict=True) if box.object_id}
+    lists = {"objects": []}
     for key, kind in SURFACES.items():
-        data[key] = [
+        lists[key] = [
             _surface_entry(surface, name, renamed.get(surface.parent_id, surface.parent_id if native else ""), native)
             for surface, name in zip(scene.surfaces, names, strict=False)
             if surface.kind == kind
         ]
-    data["objects"], num_shares = [], 0
+    num_shares = 0
     for box, name in zip(scene.boxes, names[len(scene.surfaces) :], strict=True):
         told = scene.attributes.get(box.object_id, {})
         known = dict(told if native and "category" in told else SUPPLIED)
@@ -119,7 +130,9 @@ def captured_room(scene: Scene, notes: list[str] | None = None) -> dict:
         if not native and isinstance(told.get("confidence"), float):
             known["confidence"] = LEVELS[bisect_right(LEVEL_BOUNDS, told["confidence"])]
             num_shares += 1
-        data["objects"].append(_entry(known, box, name))
+        lists["objects"].append(_entry(known, box, name))
+    if not (data.pop(MERGED, False) and "rooms" in data and lists == _joined_lists(data)):
+        data |= {key: entries for key, entries in lists.items() if entries or key not in data}  # null stays null
     if not native and names:
         notes.append(f"identifiers, stories and confidence of {len(names)} surfaces and objects supplied; no coreModel")
     if num_shares:
@@ -155,7 +168,7 @@ def _read_json(path: Path) -> dict:
     if len(raw) > MAX_BYTES:
         raise ValueError(f"{path}: larger than {MAX_BYTES} bytes, which no captured room is; {EXPORT_AGAIN}")
     try:
-        data = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
+        data = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: invalid or truncated JSON ({error.msg}); {EXPORT_AGAIN}") from None
     except ValueError as error:  # no UTF-8, a key twice, a number of thousands of digits
@@ -192,35 +205,58 @@ def _check_values(value: dict | list, where: str, depth: int = 0) -> None:
 def _scene(data: object, scene_id: str, where: str) -> Scene:
     if not isinstance(data, dict):
         raise ValueError(f"{where.rstrip('. ')}: expected an object with the keys of a CapturedRoom; {EXPORT_AGAIN}")
+    if isinstance(data.get("rooms"), list) and data["rooms"] and all(data.get(key) is None for key in LISTS):
+        return _joined(data, scene_id, where)
     surfaces, boxes, attributes = [], [], {}
-    used = {"objects", *SURFACES}
     for key, kind in SURFACES.items():
         for entry, place in _entries(data, key, where, required=key == "walls"):
             surfaces.append(_surface(entry, kind, place))
     for entry, place in _entries(data, "objects", where, required=True):
         category, detail = _enum(entry, "category", place)
-        given = entry.get("attributes", {})
-        if not isinstance(given, dict):
+        given = entry.get("attributes")
+        if given is not None and not isinstance(given, dict):
             raise ValueError(f"{place}.attributes: expected an object, got {given!r:.80}; {EXPORT_AGAIN}")
         box = _box(entry, place, _label(category, given))
         boxes.append(box)
         attributes[box.object_id] = _rest(entry, place) | {"category": {category: detail} if detail else category}
+    _check_names([s.box for s in surfaces] + boxes, where)
+    return Scene(
+        scene_id, [], boxes, source="roomplan", surfaces=surfaces, attributes=attributes,
+        metadata={key: value for key, value in data.items() if key != MERGED and (key not in LISTS or value is None)},
+    )  # fmt: skip
+
+
+def _joined(data: dict, scene_id: str, where: str) -> Scene:
+    """The scene of a structure without lists of its own: all surfaces and objects of its rooms, in their order."""
+    rooms = [_scene(room, scene_id, f"{where}rooms[{i}].") for i, room in enumerate(data["rooms"])]
+    surfaces = [surface for room in rooms for surface in room.surfaces]
+    boxes = [box for room in rooms for box in room.boxes]
+    _check_names([s.box for s in surfaces] + boxes, where)
+    attributes = {name: told for room in rooms for name, told in room.attributes.items()}
+    return Scene(
+        scene_id, [], boxes, source="roomplan", surfaces=surfaces, attributes=attributes, metadata=data | {MERGED: True}
+    )
+
+
+def _joined_lists(data: dict) -> dict:
+    """The lists that an unchanged `_joined` scene is written with, were they written."""
+    lists = captured_room(replace(_joined(data, "", ""), metadata={}))
+    return {key: lists[key] for key in LISTS}
+
+
+def _check_names(boxes: list[OrientedBox], where: str) -> None:
     names = set()
-    for box in [s.box for s in surfaces] + boxes:
+    for box in boxes:
         if box.object_id in names:
             raise ValueError(f"{where}identifier {box.object_id} is used twice; {EXPORT_AGAIN}")
         names.add(box.object_id)
-    return Scene(
-        scene_id, [], boxes, source="roomplan", surfaces=surfaces, attributes=attributes,
-        metadata={key: value for key, value in data.items() if key not in used},
-    )  # fmt: skip
 
 
 def _entries(data: dict, key: str, where: str, required: bool) -> list[tuple[dict, str]]:
     """The entries of one list, each with its place for messages: `room.json: walls[2] (5D3777E0-..)`."""
-    if key not in data and required:
+    entries = [] if data.get(key) is None else data[key]
+    if data.get(key) is None and required:
         raise ValueError(f"{where}the list `{key}` is missing, so this is no CapturedRoom; {EXPORT_AGAIN}")
-    entries = data.get(key, [])
     if not isinstance(entries, list):
         raise ValueError(f"{where}{key}: expected a list, got {entries!r:.80}; {EXPORT_AGAIN}")
     found = []
@@ -307,8 +343,8 @@ def _enum(entry: dict, key: str, place: str) -> tuple[str, dict]:
 def _rest(entry: dict, place: str) -> dict:
     """What neither a box nor a polygon holds, under the file's keys; enums without detail as their bare name."""
     used = ("identifier", "category", "dimensions", "transform", "polygonCorners")
-    rest = {key: value for key, value in entry.items() if key not in used}
-    if "confidence" in rest:
+    rest = {key: value for key, value in entry.items() if key not in used or (key, value) == ("polygonCorners", None)}
+    if rest.get("confidence") is not None:
         name, detail = _enum(entry, "confidence", place)
         rest["confidence"] = {name: detail} if detail else name
     return rest
@@ -347,6 +383,8 @@ def _surface_entry(surface: Surface, name: str, parent: str, native: bool) -> di
     if len(corners):
         matrix = np.reshape(entry["transform"], (4, 4), order="F")
         corners = np.linalg.solve(matrix[:3, :3], (corners @ Z_UP - matrix[:3, 3]).T).T.round(15)
+    if not len(corners) and "polygonCorners" in entry:
+        return entry  # null in its file
     return entry | {"polygonCorners": [[_number(v) for v in corner] for corner in corners]}
 
 

@@ -91,9 +91,10 @@ def read_scene(
     axis-aligned bounding boxes of the objects' vertices in the aligned world, as the benchmarks have them, with
     ScanNet's own label and its `objectId` as `object_id`. attributes: `category` (of the 17, where the label tells) and
     `nyu40` (with the table of labels). metadata: `axis_alignment` [4][4] (mesh world to scene world; None when the
-    scan says nothing), `mesh_to_world` likewise, `scene_type`, the notes of `rgbd.read_views`, `num_empty_objects`.
+    scan says nothing), `mesh_to_world` likewise, `scene_type`, the notes of `rgbd.read_views`, `num_empty_objects`,
+    and `no_views`, how to export a recording (`.sens`) that no pictures have been made of.
 
-    Raises ValueError that names the file for anything missing or malformed, and for a `.sens` file without pictures.
+    Raises ValueError that names the file for anything missing or malformed.
     """
     scene_dir = Path(scene_dir).absolute()
     if not scene_dir.is_dir():
@@ -101,13 +102,13 @@ def read_scene(
     scene_id = scene_dir.name
     scan_dir = _scan_dir(scene_dir)
     images_dir = _images_dir(scene_dir) if images_dir is None else Path(images_dir).absolute()
-    if images_dir is None and scan_dir is not None and (scan_dir / f"{scene_id}.sens").is_file():
-        raise ValueError(export_first(scan_dir / f"{scene_id}.sens"))
     if images_dir is None and scan_dir is None:
         raise ValueError(f"{scene_dir}: neither a ScanNet scan nor its exported pictures; {FETCH_AGAIN}")
     info, alignment = _read_info(scan_dir) if scan_dir and _needs_info(scan_dir) else ({}, None)
     to_world = np.eye(4) if alignment is None else alignment
     views, notes = rgbd.read_views(images_dir) if images_dir else ([], {})
+    if images_dir is None and (scan_dir / f"{scene_id}.sens").is_file():
+        notes["no_views"] = export_first(scan_dir / f"{scene_id}.sens")
     tables = Path(lists_dir).absolute() if lists_dir is not None else None
     boxes, num_empty = _read_boxes(scan_dir, to_world) if scan_dir else ([], 0)
     mesh_path = _mesh_path(scan_dir) if scan_dir else None

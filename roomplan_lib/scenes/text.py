@@ -13,11 +13,11 @@ FETCH_AGAIN = "fetch it again"
 
 
 def read_text(path: Path) -> str:
-    """UTF-8 text of at most MAX_BYTES."""
+    """UTF-8 text of at most MAX_BYTES, without the byte order mark that some editors put first."""
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"{path}: more than {MAX_BYTES} bytes of text are refused; {FETCH_AGAIN}")
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ValueError(f"{path}: file is missing; {FETCH_AGAIN}") from None
     except (OSError, UnicodeDecodeError) as error:
