@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import tracemalloc
@@ -434,14 +435,45 @@ def test_scans_are_built_once_for_all_annotations_and_again_when_they_change(tmp
 
     whole = build()
     assert len(build(num_views=2)["images"]) == 2 < len(whole["images"])
-    cached.write_text(cached.read_text()[:100])
-    assert build() == whole
+    for damage in (cached.read_text()[:100], json.dumps({"key": json.loads(cached.read_text())["key"]})):
+        cached.write_text(damage)
+        (tmp_path / "out" / "qa_val.jsonl").unlink()
+        assert build() == whole
+    mesh = next((tmp_path / "scans" / SCENE_ID).glob("*_vh_clean_2.ply"))
+    before = cached.stat().st_mtime_ns
+    os.utime(mesh, ns=(1, 1))  # another mesh of the same size
+    build()
+    assert cached.stat().st_mtime_ns != before
     (pictures / "00000.jpg").unlink()
     assert f"posed_images/{SCENE_ID}/00000.jpg" in whole["images"]
     assert f"posed_images/{SCENE_ID}/00000.jpg" not in build()["images"]
     text = (tmp_path / "scans" / SCENE_ID / f"{SCENE_ID}.aggregation.json").read_text()
     (tmp_path / "scans" / SCENE_ID / f"{SCENE_ID}.aggregation.json").write_text(text.replace("couch", "bathtub"))
     assert [box["label"] for box in build()["boxes"]] == ["chair", "bathtub"]
+
+
+def test_no_file_of_others_is_overwritten(tmp_path):
+    path = dump(tmp_path / "ScanQA_v1.0_val.json", [qa_entry()])
+    before = path.read_bytes()
+    for output, reason in ((path, "is the file to read"), (dump(tmp_path / "mine.json", 1), "no builder wrote it")):
+        result = run("scanqa", "--qa-file", path, "--output", output)
+        assert result.exit_code == 1 and reason in result.output
+    assert path.read_bytes() == before and (tmp_path / "mine.json").read_text() == "1"
+    for _ in range(2):  # what a builder wrote is written again
+        assert run("scanqa", "--qa-file", path, "--output", tmp_path / "out.jsonl").exit_code == 0
+
+
+def test_a_byte_order_mark_is_no_json(tmp_path):
+    path = dump(tmp_path / "ScanQA_v1.0_val.json", [qa_entry()])
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    (record,) = read_scanqa(path).records
+    assert record["object_names"] == ["office chair", "couch"]
+
+
+def test_sqa3d_positions_are_kept_as_annotated(tmp_path):
+    files = sqa3d_files(tmp_path, [question_entry()], [answer_entry()])
+    (record,) = read_sqa3d(*files).records
+    assert record["position"] == [0.5, -1.25, 0] and record["rotation"] == [0, 0, 0, 1]
 
 
 def test_missing_and_broken_scans_are_named_or_left_out_on_demand(tmp_path):

@@ -83,7 +83,7 @@ def test_docvqa_and_chartqa(tmp_path, images):
     first, second = prepare(tmp_path, images, "docvqa", data, name="val_v1.0_withQT.json")
     assert first["answers"] == ["1/8/93", "January 8"] and first["answer"] == "1/8/93" and first["split"] == "val"
     assert (first["question_id"], second["question_id"]) == ("docvqa-337", "docvqa-338")
-    assert first["scene_id"] == "xnbl0037_1" and validate_file(tmp_path / "out.jsonl") == []
+    assert first["scene_id"] == "documents/xnbl0037_1.png" and validate_file(tmp_path / "out.jsonl") == []
     with pytest.raises(ValueError, match="entry 1: the id docvqa-337 is also"):
         prepare(tmp_path, images, "docvqa", {"data": [document, document]}, name="val_v1.0.json")
     with pytest.raises(ValueError, match="data_split 'val', but the file is taken for train"):
@@ -103,7 +103,6 @@ def test_docvqa_and_chartqa(tmp_path, images):
 @pytest.mark.parametrize(
     ("entry", "reason"),
     [
-        (conversation("What?", "That."), "0 times <image> in the text, but 1 pictures"),
         (conversation("<image><image> What?", "That."), "2 times <image>"),
         (conversation("<image> What?", "That.", "<image> And?", "This."), "2 times <image>"),
         (conversation("<image><image> What?", "That.", images=["41.png", "gqa/0002.jpg"]), "about one view"),
@@ -113,7 +112,7 @@ def test_docvqa_and_chartqa(tmp_path, images):
         (conversation(), "human first"),
         (conversation("<image> What?", "That.", conversations=[{"from": "gpt", "value": "Hm"}]), "human first"),
         (conversation("<image> What?", "That.", conversations="hello"), "conversations: expected a list"),
-        (conversation(conversations=[{"from": "system", "value": "x"}]), "a turn: expected"),
+        (conversation(conversations=[{"from": "tool", "value": "x"}]), "a turn: expected"),
         (conversation(conversations=[{"from": ["human"], "value": "x"}]), "a turn: expected"),
         (conversation(conversations=[{"from": "human", "value": 3}]), "a turn: expected"),
         (conversation("<image> What?", "That.", image="coco/none.jpg"), "coco/none.jpg is not in"),
@@ -157,3 +156,39 @@ def test_folders_and_files_that_are_not_there(tmp_path, images):
     with pytest.raises(ValueError, match="train, not of val"):
         prepare(tmp_path, images, "llava", [TALK], name="train.json", split="val")
     assert prepare(tmp_path, images, "llava", [TALK], name="mix665k.json", split="val")[0]["split"] == "val"
+
+
+def test_ordinary_turns_of_such_files_are_read(tmp_path, images):
+    """A system turn, a picture without its marker, talk about no picture in any order, numbers as answers."""
+    system = conversation(
+        conversations=[{"from": "system", "value": "Be kind."}, {"from": "human", "value": "What is it?"},
+                       {"from": "gpt", "value": "A street."}]
+    )  # fmt: skip
+    talk = {"id": "1", "image": None, "conversations": [{"from": "gpt", "value": "Hello."}]}
+    records = prepare(tmp_path, images, "llava", [system, talk])
+    assert [(r["question"], r["answer"]) for r in records] == [("What is it?", "A street.")]
+    (record,) = prepare(
+        tmp_path, images, "chartqa", [{"imgname": "gqa/0002.jpg", "query": "How many?", "label": 4}], "train_human.json"
+    )
+    assert record["answer"] == "4" and validate_file(tmp_path / "out.jsonl") == []
+
+
+def test_pictures_of_one_name_in_two_folders_are_two_scenes(tmp_path, images):
+    (images / "gqa" / "0001.jpg").write_bytes((images / "gqa" / "0002.jpg").read_bytes())
+    talks = [
+        conversation("<image> What?", "That.", image=image) for image in ("coco/train2017/0001.jpg", "gqa/0001.jpg")
+    ]
+    records = prepare(tmp_path, images, "llava", talks)
+    assert len({record["scene_id"] for record in records}) == 2 and validate_file(tmp_path / "out.jsonl") == []
+
+
+def test_no_file_of_others_is_overwritten(tmp_path, images):
+    path = tmp_path / "talk.json"
+    path.write_text(json.dumps([TALK]))
+    with pytest.raises(ValueError, match="is the file to read"):
+        prepare_instruct(path, images, path, layout="llava", progress=False)
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text("precious")
+    with pytest.raises(ValueError, match="no builder wrote it"):
+        prepare_instruct(path, images, mine, layout="llava", progress=False)
+    assert mine.read_text() == "precious" and json.loads(path.read_text()) == [TALK]

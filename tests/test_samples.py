@@ -738,6 +738,21 @@ def test_chosen_pictures_are_decoded(raw, fault):
         prepare(raw)
 
 
+def test_other_intrinsics_of_the_same_length_are_noticed(raw):
+    before = read_samples(prepare(raw)["anchors_train"])[0]["geom_token"]["K"]
+    for path in raw.rglob("*.pincam"):
+        path.write_text(path.read_text().replace("55.0", "66.0"))
+    after = read_samples(prepare(raw)["anchors_train"])[0]["geom_token"]["K"]
+    assert before[0][0] == 55 and after[0][0] == 66
+
+
+def test_a_scene_that_is_skipped_before_it_was_annotated_is_left_out(raw):
+    path = raw / "Training" / "42444499" / "42444499_3dod_annotation.json"
+    path.write_text('{"skipped": true, "data": null}')
+    manifest = read_manifest(prepare(raw)["anchors_train"])
+    assert "skipped" in manifest["left_out"]["42444499"]
+
+
 def test_skipped_scenes_are_left_out(raw):
     path = raw / "Training" / "42444499" / "42444499_3dod_annotation.json"
     path.write_text(path.read_text().replace('"skipped": false', '"skipped": true'))

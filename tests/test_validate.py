@@ -46,6 +46,39 @@ def replanted(good, tmp_path, name, change, **manifest) -> Path:
     return path
 
 
+def test_held_out_sets_of_others_may_share_scenes(good, tmp_path):
+    """Officially SQA3D's test and ScanQA's val do; only training on what is held out is a fault."""
+    record = read_samples(good["qa_val"])[0]
+    for split, source in (("val", "scanqa"), ("test", "sqa3d")):
+        path = tmp_path / f"{source}_{split}.jsonl"
+        write_samples(path, [record | {"split": split, "source": source}], {"root": sample_root(good["qa_val"])})
+    assert reasons(tmp_path / "scanqa_val.jsonl") == [] == reasons(tmp_path / "sqa3d_test.jsonl")
+    path = tmp_path / "scanqa_train.jsonl"
+    write_samples(path, [record | {"split": "train", "source": "scanqa"}], {"root": sample_root(good["qa_val"])})
+    assert any("is in train here and in test in sqa3d_test.jsonl" in reason for _, reason in reasons(path))
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e400"])
+def test_a_number_that_is_not_finite_is_named_with_its_record(good, tmp_path, number):
+    path = replanted(good, tmp_path, "anchors_train", lambda records: None)
+    lines = path.read_text().splitlines()
+    record = json.loads(lines[1])
+    old = json.dumps(record["geom_token"]["t"][0])
+    lines[1] = lines[1].replace(old, old.replace(json.dumps(record["geom_token"]["t"][0][0]), number, 1), 1)
+    lines[2] = re.sub(r'"coverage": [0-9.]+', f'"coverage": {number}', lines[2])
+    path.write_text("\n".join(lines) + "\n")
+    faults = {fault.record: fault for fault in validate_file(path)}
+    assert "geom_token.t" in faults[2].reason and faults[2].id == record["question_id"]
+    assert "coverage: holds a number that is not finite" in faults[3].reason
+
+
+def test_a_folder_that_ends_like_a_file_is_passed_over(good, tmp_path):
+    path = replanted(good, tmp_path, "anchors_train", lambda records: None)
+    (tmp_path / "other.jsonl").mkdir()
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # a byte order mark changes the hash and nothing else
+    assert [record for record, _ in reasons(path)] == [0]
+
+
 def reasons(path: Path) -> list[tuple[int, str]]:
     faults = validate_file(path)
     assert all(fault.remedy for fault in faults)

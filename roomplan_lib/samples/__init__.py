@@ -153,21 +153,23 @@ def is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def iter_samples(path: Path | str) -> Iterator[tuple[int, dict | ValueError]]:
+def iter_samples(path: Path | str, constants: bool = False) -> Iterator[tuple[int, dict | ValueError]]:
     """(line number, record) of a JSONL file or (position, record) of a JSON array, from 1.
+
+    constants: let NaN and Infinity through, which are no JSON, so that `validate` can name where they stand.
 
     A line that is no JSON object, or longer than MAX_LINE, comes as a ValueError that names file and line, for the
     caller to raise or to list. Raises ValueError for a file that cannot be read as text and an array above MAX_ARRAY.
     """
     path = Path(path)
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             start = file.read(1)
             file.seek(0)
             if start == "[":
                 if (size := path.stat().st_size) > MAX_ARRAY:
                     raise ValueError(f"{path}: a JSON array of {size} bytes is too large; write one record per line")
-                entries = enumerate(_parse(file.read(), f"{path}"), 1)
+                entries = enumerate(_parse(file.read(), f"{path}", constants), 1)
                 for number, entry in entries:
                     yield number, _as_record(entry, f"{path}: record {number}")
                 return
@@ -180,7 +182,7 @@ def iter_samples(path: Path | str) -> Iterator[tuple[int, dict | ValueError]]:
                 if not line.strip():
                     continue
                 try:
-                    entry = _parse(line, f"{path}:{number}")
+                    entry = _parse(line, f"{path}:{number}", constants)
                 except ValueError as error:
                     yield number, error
                     continue
@@ -312,10 +314,10 @@ def _as_record(entry: object, where: str) -> dict | ValueError:
     return ValueError(f"{where}: expected a JSON object, got {type(entry).__name__}; {BUILD_AGAIN}")
 
 
-def _parse(text: str, where: str) -> object:
-    """JSON without NaN and Infinity, which are no JSON."""
+def _parse(text: str, where: str, constants: bool = False) -> object:
+    """JSON without NaN and Infinity, which are no JSON, unless `constants`."""
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return json.loads(text, parse_constant=float if constants else _refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: invalid or truncated JSON ({error}); {BUILD_AGAIN}") from None
 

@@ -20,12 +20,11 @@ from roomplan_lib.samples import (
     box_record,
     read_manifest,
     rounded,
-    write_json,
     write_samples,
 )
 from roomplan_lib.samples.anchors import MIN_EXTENT, place_anchor_action
 from roomplan_lib.samples.annotations import AnnotationFile
-from roomplan_lib.samples.build import digest, is_current, read_cache, run_all
+from roomplan_lib.samples.build import digest, is_current, read_cache, refuse_overwriting, run_all, write_cache
 from roomplan_lib.samples.prepare import scene_record
 from roomplan_lib.samples.sqa3d import agent_record, type_counts
 from roomplan_lib.samples.views import choose_view_sets, keep_depth
@@ -68,6 +67,7 @@ def prepare_annotations(
     Raises ValueError for missing or broken scans, objects that a scan does not have, or when no record is left.
     """
     output = Path(output).absolute()
+    refuse_overwriting(output, annotations.paths)
     settings = {"builder_version": BUILDER_VERSION, "seed": seed}
     wanted = {record["scene_id"] for record in annotations.records}
     root, scenes = output.parent, {}
@@ -160,7 +160,7 @@ def build_scan(scan_dir: Path, root: Path, cache_dir: Path, settings: dict) -> d
         built = read_cache(cache_path, key)
         if built is None:
             built = {"key": key, **_build_scan(scene, scan_dir, root, settings)}
-            write_json(cache_path, built)
+            write_cache(cache_path, key, {name: value for name, value in built.items() if name != "key"})
         return built
     except ValueError as error:
         return {"scene_id": scan_dir.name, "error": str(error)}
@@ -289,18 +289,22 @@ def _labelled(scene: Scene, box: OrientedBox) -> OrientedBox:
 
 
 def _fingerprint(scene: Scene, root: Path) -> str:
-    """Changes with the scan's mesh, boxes and poses, and the names and sizes of its pictures."""
+    """Changes with the scan's boxes and poses, and size and time of its mesh and its pictures."""
     views = [
         [
             path.relative_to(root).as_posix() if path else None,
-            path.stat().st_size if path and path.is_file() else None,
+            _stamp(path),
         ]
         for view in scene.views
         for path in (view.rgb_path, view.depth_path)
     ]
     geometry = [[view.K.tolist(), view.camera_to_world.tolist()] for view in scene.views if view.posed]
-    mesh = [scene.mesh_path.stat().st_size if scene.mesh_path else None, scene.metadata["mesh_to_world"]]
+    mesh = [_stamp(scene.mesh_path), scene.metadata["mesh_to_world"]]
     return digest([scene.scene_id, scene.visit_id, views, geometry, mesh, [box_record(box) for box in scene.boxes]])
+
+
+def _stamp(path: Path | None) -> list[int] | None:
+    return [path.stat().st_size, path.stat().st_mtime_ns] if path and path.is_file() else None
 
 
 def _is_shown(record: dict, number: int, scenes: dict[str, dict]) -> bool:

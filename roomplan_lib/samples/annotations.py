@@ -170,7 +170,7 @@ def _objects(path: Path | str, values) -> Iterator[tuple[str, dict]]:
 def _iter_values(path: Path) -> Iterator[object]:
     """The values of a JSON list, or those that follow one another in a file of JSON lines; commas are not counted."""
     decoder = json.JSONDecoder(parse_constant=_refuse_constant)
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         text = more = _read_chunk(path, file)
         while more and not text.strip():
             text = more = _read_chunk(path, file)

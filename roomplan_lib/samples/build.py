@@ -16,7 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from roomplan_lib.files import file_hash
-from roomplan_lib.samples import read_manifest
+from roomplan_lib.samples import read_manifest, write_json
 
 
 def run_all(
@@ -52,13 +52,31 @@ def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def write_cache(path: Path, key: str, built: dict) -> None:
+    """Keep what was built for `key`, with its hash, for `read_cache`."""
+    write_json(path, {"key": key, "hash": digest(built), **built})
+
+
 def read_cache(path: Path, key: str) -> dict | None:
-    """The object of a JSON file whose "key" is `key`; None for anything else, which is then built again."""
+    """What `write_cache` kept for `key`; None for anything else or damaged, which is then built again."""
     try:
         built = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    return built if isinstance(built, dict) and built.get("key") == key else None
+    if not isinstance(built, dict) or built.get("key") != key:
+        return None
+    body = {name: value for name, value in built.items() if name not in ("key", "hash")}
+    return built if built.get("hash") == digest(body) else None
+
+
+def refuse_overwriting(output: Path, inputs: Sequence[Path]) -> None:
+    """Raise ValueError where writing `output` would destroy an input, or a file that no builder of ours wrote."""
+    if any(output.resolve() == Path(path).resolve() for path in inputs):
+        raise ValueError(f"{output}: is the file to read; give another --output")
+    if output.exists() and "sha256" not in old_manifest(output):
+        raise ValueError(
+            f"{output}: is there already and no builder wrote it (it has no manifest); give another --output"
+        )
 
 
 def old_manifest(path: Path) -> dict:

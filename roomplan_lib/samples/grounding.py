@@ -58,6 +58,7 @@ def read_scanrefer(path: Path | str, split: str | None = None, seed: int = 0) ->
             "scene_id": entry["scene_id"],
             "question_id": entry["question_id"],
             "object_ids": [entry["object_id"]],
+            "object_name": entry["object_name"],
             "eval_type": "unique" if len(namesakes[entry["scene_id"], entry["object_name"]]) == 1 else "multiple",
             "split": split,
             "source": "scanrefer",

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -32,12 +32,13 @@ from roomplan_lib.samples.annotations import (
     texts_of,
     unique,
 )
+from roomplan_lib.samples.build import refuse_overwriting
 from roomplan_lib.scenes import path_below
 
 TASK = "instruct"
 MAX_LISTED = 10  # broken entries that the manifest names
 IMAGE = "<image>"
-ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
+ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
 
 
 def prepare_instruct(
@@ -66,6 +67,7 @@ def prepare_instruct(
     if history < 0:
         raise ValueError(f"history: expected a number of turns of at least 0, got {history}")
     path, images, output = Path(path), Path(images).absolute(), Path(output).absolute()
+    refuse_overwriting(output, [path])
     if not images.is_dir():
         raise ValueError(f"{images}: no such folder of pictures")
     if split is not None or not file_words(path).isdisjoint(SPLIT_WORDS):
@@ -142,7 +144,7 @@ def _records(
             if len(left_out["first_broken"]) < MAX_LISTED:
                 left_out["first_broken"].append(str(error))
             continue
-        shared = {"images": [picture], "geom_token": None, "task": TASK, "scene_id": PurePosixPath(picture).stem}
+        shared = {"images": [picture], "geom_token": None, "task": TASK, "scene_id": picture}
         for answer in answers:
             yield {**shared, **answer, "source": layout}
             num_records += 1
@@ -155,13 +157,19 @@ def _records(
 
 def _read_conversation(entry: dict, where: str, split: str, history: int) -> tuple[str | None, list[dict]]:
     turns = [_read_turn(turn, where) for turn in _turns(entry, where)]
+    if turns and turns[0][0] == "system":
+        turns = turns[1:]  # the model has its own
+    pictures = entry.get("images", [entry["image"]] if entry.get("image") is not None else [])
+    if not pictures:
+        return None, []  # about no picture: left out and counted, whatever its turns
     roles = [role for role, _ in turns]
     if roles != ["human", "gpt"] * (len(roles) // 2) or not roles:
         raise ValueError(f"{where}: expected human and gpt by turns, human first, got {roles[:6]}")
-    pictures = entry.get("images", [entry["image"]] if "image" in entry else [])
     if not isinstance(pictures, list) or not all(map(is_text, pictures)):
         raise ValueError(f"{where}: image: expected a path or, as images, a list of paths, got {pictures!r:.80}")
     num_markers = sum(text.count(IMAGE) for _, text in turns)
+    if not num_markers and len(pictures) == 1:
+        num_markers = 1  # one picture needs no marker to tell where it belongs
     if num_markers != len(pictures):
         raise ValueError(f"{where}: {num_markers} times {IMAGE} in the text, but {len(pictures)} pictures")
     if len(pictures) > 1:
@@ -199,7 +207,7 @@ def _read_turn(turn: dict, where: str) -> tuple[str, str]:
 def _read_docvqa(entry: dict, where: str, split: str, history: int) -> tuple[str, list[dict]]:
     if SPLIT_WORDS.get(str(entry.get("data_split", split))) != split:
         raise ValueError(f"{where}: data_split {entry['data_split']!r:.80}, but the file is taken for {split}")
-    answers = texts_of(entry, "answers", where) if "answers" in entry or split != "test" else []
+    answers = texts_of(_worded(entry, "answers"), "answers", where) if "answers" in entry or split != "test" else []
     if not answers and split != "test":
         raise ValueError(f"{where}: answers: expected at least one; only a test file may hide them")
     record = {"question": text_of(entry, "question", where), "answers": answers, "split": split}
@@ -207,8 +215,18 @@ def _read_docvqa(entry: dict, where: str, split: str, history: int) -> tuple[str
     return text_of(entry, "image", where), [record | {"question_id": f"docvqa-{id_of(entry, 'questionId', where)}"}]
 
 
+def _worded(entry: dict, key: str) -> dict:
+    """The entry with numbers at `key`, alone or in a list, as text: some files hold 4 for "4"."""
+
+    def word(value: object) -> object:
+        return str(value) if type(value) in (int, float) else value
+
+    value = entry.get(key)
+    return {**entry, key: [word(part) for part in value] if isinstance(value, list) else word(value)}
+
+
 def _read_chartqa(entry: dict, where: str, split: str, history: int) -> tuple[str, list[dict]]:
-    answer = text_of(entry, "label", where)
+    answer = text_of(_worded(entry, "label"), "label", where)
     record = {"question": text_of(entry, "query", where), "answer": answer, "answers": [answer], "split": split}
     return text_of(entry, "imgname", where), [record]
 

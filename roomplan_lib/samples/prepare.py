@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from roomplan_lib.samples import manifest_path, rounded, write_json, write_samples
+from roomplan_lib.samples import manifest_path, rounded, write_samples
 from roomplan_lib.samples.anchors import build_anchors, build_lists, build_negatives
-from roomplan_lib.samples.build import digest, is_current, old_manifest, read_cache, run_all
+from roomplan_lib.samples.build import digest, is_current, old_manifest, read_cache, run_all, write_cache
 from roomplan_lib.samples.planes import build_planes
 from roomplan_lib.samples.plans import build_plans
 from roomplan_lib.samples.qa import build_qa
@@ -114,8 +114,9 @@ def prepare_arkitscenes(
             path = files[f"{task}_{part}"] = output_dir / f"{task}_{part}.jsonl"
             num_samples = sum(result["counts"][task] for result in good_results)
             if num_samples == 0 and task in DEFAULT_TASKS:
+                skipped = f" ({len(left_out)} are left out, such as {min(left_out)}: {left_out[min(left_out)]})"
                 raise ValueError(
-                    f"{path.name}: none of {len(good)} {part} scenes gives a sample; "
+                    f"{path.name}: none of {len(good)} {part} scenes gives a sample{skipped if left_out else ''}; "
                     "look at one with select_views and visible_boxes, or raise num_views"
                 )
             if num_samples == 0:  # small sets may well have no list or no wall to ask for
@@ -279,7 +280,7 @@ def _build_cached(scene_dir: Path, root: Path, cache_dir: Path, settings: dict, 
         kept = set(built["sets"][0]) if built else set()
         if not kept.issuperset(tasks):
             built = build_scene(scene_dir, root, settings, [task for task in TASKS if task in kept | set(tasks)])
-            write_json(cache_path, {"key": key, **built})
+            write_cache(cache_path, key, built)
     except SkippedSceneError as error:
         return {**result, "state": "skipped", "error": str(error)}
     except ValueError as error:
@@ -290,7 +291,7 @@ def _build_cached(scene_dir: Path, root: Path, cache_dir: Path, settings: dict, 
         "baseline_m": [view_set["common"]["baseline_m"] for view_set in built["sets"]],
         "coverage": [view_set["common"]["coverage"] for view_set in built["sets"] if "coverage" in view_set["common"]],
         "num_views": [len(view_set["common"]["images"]) for view_set in built["sets"]],
-        **{key: value for key, value in built.items() if key not in ("key", "sets")},
+        **{key: value for key, value in built.items() if key not in ("key", "hash", "sets")},
     }
 
 
@@ -303,7 +304,7 @@ def _samples_of(scene_dirs: list[Path], cache_dir: Path, task: str) -> Iterator[
 
 
 def _fingerprint(scene_dir: Path, root: Path) -> str:
-    """Changes with the scene's annotation, poses, split, and the names and sizes of its frames."""
+    """Changes with the scene's annotation, poses, intrinsics, split, and names, sizes and times of its pictures."""
     digest = hashlib.sha256(json.dumps([str(scene_dir.relative_to(root)), *scene_membership(scene_dir)]).encode())
     frames, name = frames_dir(scene_dir), scene_dir.name
     for path in (
@@ -312,10 +313,13 @@ def _fingerprint(scene_dir: Path, root: Path) -> str:
         frames / "lowres_wide.traj",
     ):
         digest.update(path.read_bytes() if path.is_file() else b"absent")
-    for folder in ("lowres_wide", "lowres_depth", "lowres_wide_intrinsics"):
+    for folder in ("lowres_wide", "lowres_depth"):
         if (frames / folder).is_dir():
-            entries = sorted((entry.name, entry.stat().st_size) for entry in os.scandir(frames / folder))
+            stats = ((entry.name, entry.stat()) for entry in os.scandir(frames / folder))
+            entries = sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
             digest.update(json.dumps([folder, entries]).encode())
+    for path in sorted((frames / "lowres_wide_intrinsics").glob("*.pincam")):  # all of one length, whatever they say
+        digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
 

@@ -44,6 +44,8 @@ def read_scanqa(path: Path | str, split: str | None = None) -> AnnotationFile:
             record["answers"] = []
         if split != "test" or entry.get("object_ids"):
             record["object_ids"] = ids_of(entry, "object_ids", where)
+        if "object_names" in entry:
+            record["object_names"] = texts_of(entry, "object_names", where)
         records.append(
             {
                 **record,

@@ -68,7 +68,9 @@ def read_sqa3d(questions: Path | str, annotations: Path | str, split: str | None
                 "source": SOURCE,
             }
         )
-        agents[question_id] = _agent(half, other)
+        agents[question_id] = position, quaternion = _agent(half, other)
+        # As annotated, for the official localization metric: metres and (x, y, z, w) in the scan's own, centred frame.
+        records[-1] |= {"position": position.tolist(), "rotation": quaternion.tolist()}
     if halves:
         raise ValueError(
             f"{annotations}: {len(halves)} annotations have no question in {questions}, such as {min(halves)}; "

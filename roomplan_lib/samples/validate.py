@@ -38,7 +38,8 @@ KEYS = {
     "images", "geom_token", "task", "scene_id", "question", "answer", "instruction", "action_json", "situation",
     "question_id", "object_ids", "view_ids", "split", "source", "answers", "depths", "depth_scale", "depth_K",
     "quarter_turns", "boxes", "agent", "view_set", "coverage", "baseline_m", "without_views", "eval_type",
-    "question_type", "protocol", "description", "alternative_situations",
+    "question_type", "protocol", "description", "alternative_situations", "position", "rotation", "object_name",
+    "object_names",
 }  # fmt: skip
 # Annotations of others: that some repeat or contradict each other is counted, not for the user to mend.
 PUBLISHED = {
@@ -109,7 +110,7 @@ def check_file(path: Path | str) -> Report:
     checker = _Checker(path, root, report)
     number = 0
     try:
-        for number, record in iter_samples(path):
+        for number, record in iter_samples(path, constants=True):
             if isinstance(record, ValueError):
                 faults.append(Fault(number, "", str(record), BUILD_AGAIN))
                 continue
@@ -175,6 +176,8 @@ def _overlaps(path: Path, splits: dict[str, str]) -> Iterator[tuple[str, str, st
     visits = _by_scene(path, "visits")
     own_visits = {visits[scene_id]: scene_id for scene_id in splits if visits.get(scene_id)}
     for sibling in sorted(path.parent.glob("*.json*")):
+        if not sibling.is_file():
+            continue
         if sibling.suffix not in (".json", ".jsonl") or sibling.name.endswith(".manifest.json"):
             continue
         if sibling.samefile(path):
@@ -184,10 +187,10 @@ def _overlaps(path: Path, splits: dict[str, str]) -> Iterator[tuple[str, str, st
             if scene_id in seen or not split:
                 continue
             seen.add(scene_id)
-            if splits.get(scene_id) not in (None, "", split):
+            if "train" in (split, splits.get(scene_id)) and splits.get(scene_id) not in (None, "", split):
                 yield scene_id, f"is in {splits[scene_id]} here and in {split} in {sibling.name}", ONE_SPLIT
             twin = own_visits.get(sibling_visits.get(scene_id, ""))
-            if twin and twin != scene_id and splits[twin] not in ("", split):
+            if twin and twin != scene_id and splits[twin] not in ("", split) and "train" in (split, splits[twin]):
                 reason = f"visit {visits[twin]} is in {splits[twin]} here and in {split} in {sibling.name} ({scene_id})"
                 yield twin, reason, ONE_SPLIT
 
@@ -227,6 +230,11 @@ class _Checker:
         if unknown := sorted(map(str, record.keys() - KEYS)):
             yield f"unknown keys: {', '.join(unknown)!s:.200}", "remove them, or write them as the record names them"
         malformed = list(record_faults(record))
+        for key in record.keys() - {"geom_token"}:  # whose numbers `record_faults` has looked at
+            try:
+                json.dumps(record[key], allow_nan=False)
+            except ValueError:
+                malformed.append((f"{key}: holds a number that is not finite", BUILD_AGAIN))
         yield from malformed
         yield from self._check_split(record)
         if malformed:
@@ -525,8 +533,10 @@ def _plain(words: str) -> str:
 
 
 def _shows_scene(name: str, record: dict) -> bool:
-    """Whether a folder of the path, and for ARKitScenes also the file's name, is the scene's."""
+    """Whether a folder of the path, and for ARKitScenes also the file's name, is the scene's; or the whole path is."""
     scene_id = str(record["scene_id"])
+    if name == scene_id:  # a picture about which there is instruction data is a scene of its own
+        return True
     *folders, file = name.split("/")
     if record.get("source") == "arkitscenes":
         return scene_id in folders and file.startswith(f"{scene_id}_")

@@ -345,10 +345,10 @@ def _numbers(text: str, count: int, where: str, meaning: str) -> list[float]:
 def _read_boxes(path: Path) -> tuple[list[OrientedBox], dict[str, int]]:
     """(boxes of the 17 categories, counts of the labels that are none of them)."""
     annotation = read_json(path)
+    if isinstance(annotation, dict) and annotation.get("skipped"):
+        raise SkippedSceneError(f"{path}: the annotators skipped this scene (`skipped: true`); leave it out")
     if not isinstance(annotation, dict) or not isinstance(annotation.get("data"), list):
         raise ValueError(f"{path}: expected an object with the list `data`; {FETCH_AGAIN}")
-    if annotation.get("skipped"):
-        raise SkippedSceneError(f"{path}: the annotators skipped this scene (`skipped: true`); leave it out")
     boxes, others = [], Counter()
     for index, item in enumerate(annotation["data"]):
         where = f"{path}: data[{index}]"
