@@ -430,12 +430,13 @@ def export(
     ],
     index: Annotated[int | None, typer.Option(min=0, help="Row of a predictions file.")] = None,
     bins: Annotated[int, typer.Option(min=2, help="Of a SpatialLM script in whole numbers, read or written.")] = 1280,
+    codec: Annotated[Literal["m2", "cm", "rows"], typer.Option(help="How an action text writes its numbers.")] = "m2",
 ) -> None:
     """Write a room for other programs; everything that the format cannot hold is named on stderr."""
     from roomplan_lib.export import export_room, load_room
 
     notes: list[str] = []
-    notes += export_room(load_room(room, notes, index=index, bins=bins), format, output, bins=bins)
+    notes += export_room(load_room(room, notes, index=index, bins=bins, codec=codec), format, output, bins=bins)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     print(output)

@@ -14,9 +14,17 @@ from typing import BinaryIO
 def new_file(path: str | Path) -> Iterator[BinaryIO]:
     """A file open for writing bytes, with a temporary name until the block ends well; else nothing is left of it.
 
-    A reader therefore never sees half a file. Missing parent folders are made.
+    A reader therefore never sees half a file. Missing parent folders are made. A link stays one: the file that it
+    leads to is written. What is no regular file, such as /dev/stdout, is written to as it is.
+    Raises ValueError for a folder.
     """
-    path = Path(path)
+    path = Path(path).resolve()
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; give the name of a file")
+    if path.exists() and not path.is_file():
+        with path.open("wb") as file:
+            yield file
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

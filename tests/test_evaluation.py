@@ -404,7 +404,7 @@ def test_run_is_predicted_scored_and_reused(tiny_config, capsys):
     of_the_truth = {*NOISE_M, "quantised"}
     assert set(scores["anchors"]) == {"model", "blind", "shuffled", "constant", "retrieval"} | of_the_truth
     assert set(scores["qa"]) == {"model", "blind", "shuffled", "majority", "retrieval"}
-    assert set(scores["language"]) == {"model", "blind", "shuffled"}
+    assert {"model", "blind", "shuffled", "constant", "quantised"} <= set(scores["language"])
     for name, distance in NOISE_M.items():
         assert scores["anchors"][name]["median_center_error_m"] == pytest.approx(distance)
     quantised_scores = scores["anchors"]["quantised"]
@@ -457,3 +457,36 @@ def test_settings_of_the_run_choose_the_controls(tiny_config):
     folder = predict_run(config)
     assert [path.name for path in folder.glob("predictions*.jsonl")] == ["predictions.jsonl"]
     assert not {"blind", "shuffled"} & set(score_run(config)["anchors"])
+
+
+@pytest.mark.parametrize("text", ["", "garbage", '{"action":"place_anchor"}'])
+@pytest.mark.parametrize("reference", ['{"action":"none","reason":"not_present"}', "[]"])
+def test_text_that_is_no_action_is_no_right_refusal(text, reference):
+    row = {"scene_id": "s", "question": "q", "task": "multi3drefer", "eval_type": "zt_wo_d", "reference": reference}
+    scores = score_predictions([row | {"prediction": text}])["lists"]["model"]
+    assert scores["query_f1_iou25"] == scores["by_eval_type"]["zt_wo_d"]["query_f1_iou25"] == 0
+    right = score_predictions([row | {"prediction": reference}])["lists"]["model"]
+    assert right["query_f1_iou25"] == 1
+
+
+def test_controls_must_answer_the_same_questions():
+    rows = [{"scene_id": "s", "question": q, "prediction": "a", "reference": "a"} for q in ("1", "2")]
+    with pytest.raises(ValueError, match="blind: 1 rows that are not the same questions"):
+        score_predictions(rows, controls={"blind": rows[:1]})
+
+
+@pytest.mark.parametrize("confidence", [["x"], [float("nan")], 0.5])
+def test_confidences_that_are_no_numbers_are_named(confidence):
+    row = {"scene_id": "s", "question": "q", "prediction": "[]", "reference": "[]", "confidence": confidence}
+    with pytest.raises(ValueError, match="model row 0: confidence"):
+        score_predictions([row])
+
+
+def test_planes_are_told_apart_from_objects():
+    anchor = '{"action":"place_anchor","center":[0,0,0],"normal":[1,0,0],"extent":[1,1,1]}'
+    rows = [
+        {"scene_id": "s", "question": str(i), "task": task, "prediction": said, "reference": anchor}
+        for i, (task, said) in enumerate((("place_anchor", anchor), ("place_plane", "no")))
+    ]
+    by_task = score_predictions(rows)["anchors"]["model"]["by_task"]
+    assert by_task["place_anchor"]["acc_iou25"] == 1 and by_task["place_plane"]["acc_iou25"] == 0

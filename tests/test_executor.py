@@ -125,7 +125,10 @@ def test_undo_goes_back_one_change_at_a_time(state):
         (PlaceDoor(0, (3.1, -0.5, 0.0), 0.9, 2.0), "outside_wall"),  # beyond its end
         (PlaceDoor(0, (2.0, -0.5, 1.6), 0.9, 2.0), "outside_wall"),  # above it
         (PlaceDoor(0, (2.0, -0.5, -1.1), 0.9, 2.0), "outside_wall"),  # below it
-        (PlaceOpening(1, (3.0, 1.0, 0.0), 3.3, 2.0), "outside_wall"),  # wider than it
+        (PlaceOpening(1, (3.0, 1.0, 0.0), 3.5, 2.0), "outside_wall"),  # wider than it
+        (PlaceDoor(0, (2.9, -0.5, 0.0), 0.9, 2.0), "outside_wall"),  # half of it beyond its end
+        (PlaceDoor(0, (2.0, -0.5, -0.4), 0.9, 2.0), "outside_wall"),  # its bottom 0.4 m below the wall's
+        (PlaceWindow(0, DOOR.center, 0.5, 0.5), "duplicate"),  # in the door
         (PlaceDoor(0, (2.0, -0.5, 0.0), 0.0, 2.0), "number"),
         (PlaceDoor(0, (2.0, math.nan, 0.0), 0.9, 2.0), "number"),
         (PlaceWall((1.0, 1.0), (1.0, 1.0), 0.0, 2.0), "number"),
@@ -163,10 +166,10 @@ def test_what_makes_no_sense_is_told_and_not_done(state, action, kind):
     "action",
     [
         PlaceDoor(0, (2.0, -0.69, 0.0), 0.9, 2.0),  # 0.19 m off its line
-        PlaceDoor(0, (3.0, -0.5, 1.5), 0.9, 2.0),  # in its corner
-        PlaceOpening(1, (3.0, 1.0, 0.25), 3.0, 2.5),  # all of it
+        PlaceDoor(0, (2.55, -0.5, 0.5), 0.9, 2.0),  # in its corner
+        PlaceOpening(2, (1.0, 2.5, 0.25), 4.0, 2.5),  # all of it
         replace(DOOR, center=(0.9, -0.5, 0.0)),  # beside the other
-        PlaceWindow(0, DOOR.center, 0.9, 2.0),  # another class
+        PlaceWindow(0, (0.75, -0.5, 0.5), 0.8, 1.0),  # its frame over the door's
         replace(CHAIR, center=(2, 0, 0), yaw=2),
         replace(CHAIR, center=(2, 0, 0), yaw=178),  # half a turn is none
         replace(CHAIR, center=(0.5, 0.5, -0.5), category="stool"),

@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import math
+import os
 import subprocess
 import sys
+import threading
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from roomplan_lib.actions import (
     PlaceWall,
     PlaceWindow,
     PlanRoom,
+    Remove,
     canonical,
     format_action,
     parse_action,
@@ -38,6 +41,7 @@ from roomplan_lib.actions.scripts import (
 from roomplan_lib.cli import app
 from roomplan_lib.export import FORMATS, export_room, load_room
 from roomplan_lib.export.meshes import room_parts, trapezoids
+from roomplan_lib.files import write_whole
 from roomplan_lib.geometry import OrientedBox, box_corners, box_iou_3d, rotation_z
 from roomplan_lib.scenes import Scene, Surface
 from roomplan_lib.scenes.arkitscenes import find_scenes, read_scene
@@ -568,3 +572,52 @@ def test_yaw_of_an_anchor_is_kept_in_every_format(tmp_path):
         loaded = load_room(path)
         back = loaded.boxes[0] if isinstance(loaded, Scene) else loaded.actions[0].to_box()
         assert box_iou_3d(back, box) > (0.97 if format == "actions" else 1 - 1e-9), format
+
+
+def test_a_prediction_is_read_in_the_codec_it_was_written_in(tmp_path):
+    plan = PlanRoom((PlaceWall((0.0, 0.0), (4.0, 0.0), 0.0, 2.5),))
+    rows = [{"scene_id": "s", "prediction": format_action(plan, codec), "codec": codec} for codec in ("cm", "m2")]
+    (tmp_path / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rooms = [load_room(tmp_path / "predictions.jsonl", index=index) for index in (0, 1)]
+    assert rooms[0] == rooms[1] == plan.bound("s")
+    (tmp_path / "plan.txt").write_text(format_action(plan, "cm"))
+    assert load_room(tmp_path / "plan.txt", codec="cm") == plan
+
+
+def test_a_list_that_moves_and_removes_is_carried_out(tmp_path):
+    chair = PlaceAnchor("chair", (1.0, 1.0, 0.5), (1.0, 0.0, 0.0), (0.5, 0.5, 1.0))
+    bed = PlaceAnchor("bed", (3.0, 1.0, 0.3), (1.0, 0.0, 0.0), (2.0, 1.5, 0.6))
+    edits = ActionList((chair, bed, Move(0, (0.5, 1.0, 0.5)), Remove(1), Remove(7)))
+    notes = export_room(edits, "actions", tmp_path / "room.txt")
+    left = parse_action((tmp_path / "room.txt").read_text())
+    assert [(a.category, a.center) for a in left.actions] == [("chair", (0.5, 1.0, 0.5))]
+    assert any(note.startswith("action 4 not carried out") for note in notes)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_file_without_anything_in_it_is_not_written(tmp_path, format):
+    for nothing in (PlanRoom(()), NoAction("not_present")):
+        if format != "actions":
+            with pytest.raises(ValueError, match="no room to write"):
+                export_room(nothing, format, tmp_path / "room")
+            assert list(tmp_path.iterdir()) == []
+    unnamed = PlaceAnchor("", (1.0, 1.0, 0.5), (1.0, 0.0, 0.0), (0.5, 0.5, 1.0))
+    if format == "capturedroom":
+        with pytest.raises(ValueError, match="no room to write"):
+            export_room(unnamed, format, tmp_path / "room")
+
+
+def test_links_and_pipes_stay_what_they_are(tmp_path):
+    (tmp_path / "target").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    write_whole(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text() == "new"
+    os.mkfifo(tmp_path / "pipe")
+    read = []
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_text()))
+    reader.start()
+    write_whole(tmp_path / "pipe", "through")
+    reader.join(timeout=10)
+    assert read == ["through"] and (tmp_path / "pipe").is_fifo()
+    with pytest.raises(ValueError, match="is a folder"):
+        write_whole(tmp_path, "x")

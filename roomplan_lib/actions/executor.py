@@ -35,6 +35,7 @@ from roomplan_lib.geometry import OrientedBox, box_iou_3d
 
 OFF_WALL = 0.2  # metres between a door's center and the line of its wall
 ROUNDING = 0.01  # metres that two decimals may add
+MAX_SHARED = 0.2  # of the smaller of two rectangles in one wall: more is one thing placed twice
 SAME_IOU = 0.7  # two things of one class that overlap more are one thing placed twice
 YAW_TOLERANCE = 2.0  # degrees between yaw and normal
 
@@ -276,13 +277,9 @@ def _wall_problem(item: PlaceInWall, walls: Sequence[PlaceWall]) -> Problem | No
     length, _, height = box.extent
     if across > OFF_WALL + 1e-9:
         return Problem("outside_wall", f"{item.verb}: {across:.2f} m off the line of wall {item.wall}")
-    if along > length / 2 + ROUNDING or up > height / 2 + ROUNDING:
-        return Problem("outside_wall", f"{item.verb}: its center lies beyond wall {item.wall}")
-    if item.width > length + OFF_WALL or item.height > height + OFF_WALL:
-        size = f"{item.width:.2f} x {item.height:.2f} m"
-        return Problem(
-            "outside_wall", f"{item.verb}: {size} is more than wall {item.wall}, {length:.2f} x {height:.2f}"
-        )
+    beyond = max(along + (item.width - length) / 2, up + (item.height - height) / 2)
+    if beyond > OFF_WALL + 1e-9:
+        return Problem("outside_wall", f"{item.verb}: sticks out of wall {item.wall} by {beyond:.2f} m")
     return None
 
 
@@ -299,6 +296,8 @@ def _turn_problem(anchor: PlaceAnchor) -> Problem | None:
 def _duplicate_problem(item: Action, items: Sequence[Action], walls: Sequence[PlaceWall]) -> Problem | None:
     box = _box(item, walls, OFF_WALL)
     for index, other in enumerate(items):
+        if isinstance(item, PlaceInWall) and isinstance(other, PlaceInWall) and _covers(item, other, walls):
+            return Problem("duplicate", f"{item.verb}: lies over item {index} in wall {item.wall}")
         if other.verb != item.verb or getattr(other, "category", "") != getattr(item, "category", ""):
             continue
         other_box = _box(other, walls, OFF_WALL)
@@ -306,6 +305,16 @@ def _duplicate_problem(item: Action, items: Sequence[Action], walls: Sequence[Pl
         if iou > SAME_IOU:
             return Problem("duplicate", f"{item.verb}: overlaps item {index} of its class, IoU {iou:.2f}")
     return None
+
+
+def _covers(a: PlaceInWall, b: PlaceInWall, walls: Sequence[PlaceWall]) -> bool:
+    """Whether two rectangles of one wall share more than MAX_SHARED of the smaller one."""
+    if a.wall != b.wall:
+        return False
+    offset = np.abs((np.array(a.center) - b.center) @ walls[a.wall].to_box().rotation)
+    width = min(a.width, b.width, (a.width + b.width) / 2 - offset[0])
+    height = min(a.height, b.height, (a.height + b.height) / 2 - offset[2])
+    return min(width, height) > 0 and width * height > MAX_SHARED * min(a.width * a.height, b.width * b.height)
 
 
 def _box(item: Action, walls: Sequence[PlaceWall], thickness: float = 0.0) -> OrientedBox | None:

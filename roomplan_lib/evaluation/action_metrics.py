@@ -114,13 +114,18 @@ def score_measures(predicted: Sequence[Measure | None], true: Sequence[Measure])
     errors = [None if a is None else abs(a.value - b.value) for a, b in zip(same, true, strict=True)]
     relative = [None if e is None or b.value == 0 else e / b.value for e, b in zip(errors, true, strict=True)]
     close = [
-        a is not None and max(a.value, b.value) < DELTA * min(a.value, b.value) for a, b in zip(same, true, strict=True)
+        a is not None and (a.value == b.value or max(a.value, b.value) < DELTA * min(a.value, b.value))
+        for a, b in zip(same, true, strict=True)
     ]
+    within = {
+        name: [e is not None and e <= share * b.value for e, b in zip(errors, true, strict=True)]
+        for name, share in WITHIN.items()
+    }
     return {
         "abs_error": mean_of_known(errors),
         "relative_error": mean_of_known(relative),
         "coverage": mean_of_known([a is not None for a in same]),
-        **{f"within_{name}": mean_of_known([e is not None and e <= s for e in relative]) for name, s in WITHIN.items()},
+        **{f"within_{name}": mean_of_known(part) for name, part in within.items()},
         "delta_125": mean_of_known(close),
     }
 

@@ -145,6 +145,15 @@ def check_row(row: dict, where: str) -> None:
     answers = row.get("answers", [])
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
         raise ValueError(f"{where}: answers: expected a list of texts, got {answers!r:.80}")
+    confidence = row.get("confidence", [])
+    if not isinstance(confidence, list) or not all(
+        type(value) in (int, float) and math.isfinite(value) for value in confidence
+    ):
+        raise ValueError(f"{where}: confidence: expected a list of finite numbers, got {confidence!r:.80}")
+
+
+def _asked(row: dict) -> tuple[str, str, str]:
+    return row["scene_id"], str(row["question"]), row["reference"]
 
 
 def score_predictions(
@@ -168,6 +177,9 @@ def score_predictions(
     for name, part in answered.items():
         for number, row in enumerate(part):
             check_row(row, f"{name} row {number}")
+    for name, part in (controls or {}).items():
+        if [_asked(row) for row in part] != [_asked(row) for row in rows]:
+            raise ValueError(f"{name}: {len(part)} rows that are not the same questions as the model's {len(rows)}")
     known = TrainingAnswers(train)
     action_rows, text_rows = defaultdict(list), defaultdict(list)
     for name, part in answered.items():
@@ -180,8 +192,8 @@ def score_predictions(
     sections: dict[str, dict] = {}
     actions = {name: read_actions(part) for name, part in action_rows.items() if part}
     if actions:
-        sections["language"] = {name: score_language(part) for name, part in actions.items()}
         actions |= action_baselines(known, actions["model"])
+        sections["language"] = {name: score_language(part) for name, part in actions.items()}
         for section, measure in (("anchors", score_anchors), ("lists", score_lists), ("plans", score_plans)):
             parts = {name: [answer for answer in part if answer.section == section] for name, part in actions.items()}
             sections[section] = {name: measure(part) for name, part in parts.items() if part}
@@ -272,7 +284,7 @@ def score_anchors(answers: Sequence[ActionAnswer]) -> dict:
     Over all: mean_iou_3d, acc_iou25, acc_iou50, mean_iou_bounds, acc_bounds25, acc_bounds50 (axis-aligned),
     within_10cm, _25cm, _50cm, _1m (of the center), category_accuracy, valid_json_rate, answered_rate (is a single
     anchor). Over the answered: medians of the center's error and its horizontal and vertical part, means of the other
-    errors. scaled_...: the same after one scale per scene. by_eval_type where rows have one.
+    errors. scaled_...: the same after one scale per scene. by_eval_type and by_task where rows have one.
     """
     items = anchor_items(answers)
 
@@ -304,8 +316,10 @@ def score_anchors(answers: Sequence[ActionAnswer]) -> dict:
         }
 
     result = with_intervals(measure, [answer.scene_id for answer in answers])
-    names = [answer.row.get("eval_type") for answer in answers]
-    return result | _grouped("by_eval_type", names, measure)
+    groups = {"by_eval_type": "eval_type", "by_task": "task"}  # a plane is 1 cm thick, so its IoU says little
+    for name, key in groups.items():
+        result |= _grouped(name, [answer.row.get(key) for answer in answers], measure)
+    return result
 
 
 def score_lists(answers: Sequence[ActionAnswer]) -> dict:
@@ -318,7 +332,9 @@ def score_lists(answers: Sequence[ActionAnswer]) -> dict:
     """
     pairs = [answer.boxes() for answer in answers]
     tables = set_items(*([pair[side] for pair in pairs] for side in (0, 1)))
-    queries = {name: np.array([query_f1(*pair, least) for pair in pairs]) for name, least in THRESHOLDS.items()}
+    # Text that is no action answers nothing: it must not pass for the right "there is none".
+    is_action = np.array([not isinstance(answer.action, ActionError) for answer in answers], dtype=float)
+    queries = {name: is_action * [query_f1(*pair, least) for pair in pairs] for name, least in THRESHOLDS.items()}
     valid = _valid(answers)
 
     def measure(weights: np.ndarray) -> dict[str, float | None]:

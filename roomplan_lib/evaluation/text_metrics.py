@@ -356,8 +356,12 @@ def meteor_entry(said: Sequence[str], wanted: Sequence[Sequence[str]]) -> dict:
         return {"skipped": {"meteor": METEOR_NEEDS}}
     from pycocoevalcap.meteor.meteor import Meteor
 
+    def one_line(text: str) -> str:  # the program reads lines, and a line too many leaves both sides waiting
+        return " ".join(text.split())
+
     value, _ = Meteor().compute_score(
-        {i: list(texts) for i, texts in enumerate(wanted)}, {i: [text] for i, text in enumerate(said)}
+        {i: list(map(one_line, texts)) for i, texts in enumerate(wanted)},
+        {i: [one_line(text)] for i, text in enumerate(said)},
     )
     return {"meteor": float(value)}
 

@@ -7,7 +7,18 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from roomplan_lib.actions import Action, ActionError, ActionList, canonical, format_action, parse_action
+from roomplan_lib.actions import (
+    Action,
+    ActionError,
+    ActionList,
+    Move,
+    PlanRoom,
+    Remove,
+    canonical,
+    format_action,
+    parse_action,
+)
+from roomplan_lib.actions.executor import RoomState, apply
 from roomplan_lib.actions.rooms import plan_scene, room_actions
 from roomplan_lib.actions.scripts import (
     BINS,
@@ -17,11 +28,18 @@ from roomplan_lib.actions.scripts import (
     write_scenescript,
     write_spatiallm,
 )
+from roomplan_lib.actions.spec import PLAN_VERBS
 from roomplan_lib.export.glb import write_glb
 from roomplan_lib.export.usdz import write_usdz
 from roomplan_lib.files import write_whole
 from roomplan_lib.scenes import Scene, open_scene
-from roomplan_lib.scenes.roomplan import is_captured_room, read_captured_room, write_captured_room
+from roomplan_lib.scenes.roomplan import (
+    ATTRIBUTE_OF_LABEL,
+    CATEGORY_OF_LABEL,
+    is_captured_room,
+    read_captured_room,
+    write_captured_room,
+)
 from roomplan_lib.scenes.text import read_json, read_text
 from roomplan_lib.viz.floorplan import save_floor_plan
 
@@ -52,15 +70,24 @@ def export_room(room: Room, format: str, path: Path | str, *, bins: int = BINS) 
     """
     notes: list[str] = []
     path = Path(path)
+    if isinstance(room, ActionList) and any(isinstance(action, Move | Remove) for action in room.actions):
+        state, problems = apply(RoomState(), room)
+        notes += [f"action {problem.item} not carried out: {problem.reason}" for problem in problems]
+        room = state.to_plan()
     if format in SCENE_WRITERS:
         scene = room if isinstance(room, Scene) else plan_scene(room, notes)
-        if not isinstance(room, Scene) and not scene.surfaces and not scene.boxes:
-            raise ValueError(f"no room to write: {'; '.join(notes) or 'no action'}")
+        if not scene.surfaces and (format != "capturedroom" or scene.source != "roomplan"):
+            labels = {*CATEGORY_OF_LABEL, *ATTRIBUTE_OF_LABEL} if format == "capturedroom" else None
+            if not any(labels is None or box.label in labels for box in scene.boxes):
+                raise ValueError(f"no room to write: {'; '.join(notes) or 'nothing that the format has a place for'}")
         SCENE_WRITERS[format](scene, path, notes)
         if format != "capturedroom":
             _note_unshown(scene, format, notes)
     elif format in PLAN_WRITERS:
         plan = room_actions(room, notes) if isinstance(room, Scene) else room
+        items = plan.actions if isinstance(plan, ActionList | PlanRoom) else (plan,)
+        if format != "actions" and not any(item.verb in PLAN_VERBS for item in items):
+            raise ValueError(f"no room to write: {'; '.join(notes) or 'no action places anything'}")
         text = PLAN_WRITERS[format](plan, notes, bins)
         if format == "actions":
             notes.append("numbers rounded to two decimals, items put in canonical order")
@@ -70,22 +97,29 @@ def export_room(room: Room, format: str, path: Path | str, *, bins: int = BINS) 
     return notes
 
 
-def load_room(path: Path | str, notes: list[str] | None = None, *, index: int | None = None, bins: int = BINS) -> Room:
+def load_room(
+    path: Path | str,
+    notes: list[str] | None = None,
+    *,
+    index: int | None = None,
+    bins: int = BINS,
+    codec: str = "m2",
+) -> Room:
     """The room of a scene folder, a CapturedRoom, an action text, a SpatialLM or SceneScript script, or a predictions
     file of which `index` chooses the row.
 
-    A SpatialLM script without a decimal point is in `bins`, as the model writes it, else in metres. notes: gets a
-    sentence for each part of a script that is left out. Raises ValueError that names the file for anything else, and
-    for text that is no action.
+    codec: of an action text; a prediction names its own. A SpatialLM script without a decimal point is in `bins`, as
+    the model writes it, else in metres. notes: gets a sentence for each part of a script that is left out.
+    Raises ValueError that names the file for anything else, and for text that is no action.
     """
     path, notes = Path(path), [] if notes is None else notes
     if path.is_dir():
         return open_scene(path)
     if index is not None:
         return _prediction(path, index)
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() == ".jsonl":
         raise ValueError(f"{path}: holds a prediction a row; choose one by its index (--index), from 0")
-    if path.suffix == ".json" and is_captured_room(read_json(path)):
+    if path.suffix.lower() == ".json" and is_captured_room(read_json(path)):
         return read_captured_room(path)
     text = read_text(path).strip()
     if re.match(r"make_\w+\s*,", text):
@@ -95,7 +129,7 @@ def load_room(path: Path | str, notes: list[str] | None = None, *, index: int | 
             notes.append(f"all numbers are whole, so they are taken for bins of {bins}")
         room = read_spatiallm(text, notes, quantised=quantised, bins=bins)
     elif text[:1] in ("{", "["):
-        return _action(text, path)
+        return _action(text, path, codec)
     else:
         raise ValueError(f"{path}: no CapturedRoom, no action text, no SpatialLM or SceneScript script")
     if not room.actions:
@@ -116,14 +150,14 @@ def _prediction(path: Path, index: int) -> Action | ActionList:
         raise ValueError(f"{path}: no row {index}; it has {len(lines)}, counted from 0")
     try:
         row = json.loads(lines[index])
-        text, scene_id = row["prediction"], str(row["scene_id"])
+        text, scene_id, codec = row["prediction"], str(row["scene_id"]), row.get("codec", "m2")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: row {index} needs prediction and scene_id ({error!r})") from None
-    return _action(str(text), f"{path}, row {index}").bound(scene_id)
+    return _action(str(text), f"{path}, row {index}", codec).bound(scene_id)
 
 
-def _action(text: str, where: Path | str) -> Action | ActionList:
-    action = parse_action(text, categories=None)
+def _action(text: str, where: Path | str, codec: str) -> Action | ActionList:
+    action = parse_action(text, categories=None, codec=codec)
     if isinstance(action, ActionError):
         raise ValueError(f"{where}: neither a CapturedRoom nor an action: {action.reason}")
     return action
