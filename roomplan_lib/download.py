@@ -110,7 +110,7 @@ class Step:
 
     @property
     def done(self) -> bool:
-        return (self.unpacked or self.path).exists()
+        return self.unpacked.exists() if self.unpacked else is_whole(self.path)
 
 
 def read_scene_list(path: Path | str, split: str | None = None) -> dict[str, str]:
@@ -294,7 +294,7 @@ def fetch(step: Step, *, wait: float = 1.0, progress: bool = True) -> None:
     After a lost connection, a silent server or its error comes another try, `wait` seconds later and doubled each time;
     MAX_TRIES that bring nothing are the end. Raises ValueError then, and for an answer that no further try mends.
     """
-    if step.done or step.path.exists():
+    if step.done or is_whole(step.path):
         return
     step.path.parent.mkdir(parents=True, exist_ok=True)
     part = _part(step.path)
@@ -386,7 +386,20 @@ def _part(path: Path) -> Path:
     return path.with_name(f"{path.name}.part")
 
 
+def is_whole(path: Path) -> bool:
+    """Whether a file is there, of the size that it had when it was fetched; one that was put there by hand is."""
+    if not path.exists():
+        return False
+    size = _size_path(path)
+    return not size.exists() or size.read_text().strip() == str(path.stat().st_size)
+
+
+def _size_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.size")
+
+
 def _finish(path: Path, part: Path, tag_path: Path) -> None:
+    write_whole(_size_path(path), str(part.stat().st_size))
     part.replace(path)
     tag_path.unlink(missing_ok=True)
 
@@ -426,6 +439,7 @@ def unpack(archive: Path, folder: Path) -> None:
         if isinstance(error, OSError):
             raise ValueError(f"{archive}: cannot unpack it ({error})") from None
         archive.unlink()
+        _size_path(archive).unlink(missing_ok=True)
         raise ValueError(f"{archive}: broken archive ({error}), removed; {AGAIN}") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -18,13 +18,14 @@ def new_file(path: str | Path) -> Iterator[BinaryIO]:
     leads to is written. What is no regular file, such as /dev/stdout, is written to as it is.
     Raises ValueError for a folder.
     """
-    path = Path(path).resolve()
+    path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path}: is a folder; give the name of a file")
-    if path.exists() and not path.is_file():
+    if path.exists() and not path.is_file():  # unresolved: /dev/stdout leads to `pipe:[..]`, which is no path
         with path.open("wb") as file:
             yield file
         return
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

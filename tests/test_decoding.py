@@ -32,7 +32,7 @@ from roomplan_lib.actions.decoding import (
     generate_constrained,
     refuse_excluded,
 )
-from roomplan_lib.actions.grammar import grammar, json_schema
+from roomplan_lib.actions.grammar import ActionGrammar, grammar, json_schema
 from roomplan_lib.benchmark import SIZES, TASKS, forward_seconds
 from roomplan_lib.cli import app
 from roomplan_lib.scenes import CATEGORIES
@@ -364,6 +364,50 @@ def test_sampling_follows_the_model_among_what_is_allowed(engines, tokenizer):
         share = torch.stack([(generation.ids[:, 0] == token).float().mean() for token in tokens])
         assert (share - expected).abs().max() < 4 * 0.5 / 4000**0.5
     assert expected.max() == 1
+
+
+LISTS = (("plan_room",), ("list",), ("plan_room", "list", "place_anchor"))
+
+
+@pytest.mark.parametrize("engine_name", ENGINES)
+@pytest.mark.parametrize("codec", ["m2", "cm", "rows"])
+def test_long_lists_end_before_the_tokens_do(engines, tokenizer, engine_name, codec):
+    """Models that never close a list where they have the choice: greedy and sampled, with and without jumps."""
+    engine = engines(engine_name)
+    closing = [i for i in range(len(tokenizer)) if "]" in tokenizer.decode([i])]
+
+    def listing(seed):
+        model = language_model(seed=seed)
+        model.lm_head.register_forward_hook(
+            lambda head, given, logits: logits.index_fill(-1, torch.tensor(closing), -99)
+        )
+        return model
+
+    for seed in range(6):
+        verbs = LISTS[seed % 3]
+        own = ActionGrammar(engine.grammar_kind, verbs, codec=codec)
+        embeddings, mask = prompts(4, seed=seed)
+        validator = jsonschema.Draft202012Validator(json_schema(verbs, None, codec=codec))
+        for budget, settings in (
+            (450, {"jump_forward": bool(seed % 2)}),
+            (700, {"do_sample": True, "generator": torch.Generator().manual_seed(seed)}),
+        ):
+            generation = generate_constrained(
+                listing(seed), embeddings, mask, engine, [own] * 4, max_new_tokens=budget, **settings
+            )
+            assert generation.finished.all() and (generation.num_tokens <= budget).all()
+            if verbs != LISTS[2]:  # what is not a list may end at once
+                assert (generation.num_tokens > budget - 2 * own.longest_item - 10).all()
+            for text in texts(generation, tokenizer):
+                assert not isinstance(parse_action(text, codec=codec), ActionError), text
+                validator.validate(json.loads(text))
+
+
+def test_an_item_is_never_longer_than_the_bound():
+    worst = PlaceAnchor(max(CATEGORIES, key=len), (-19.99,) * 3, (-0.71, -0.71, 0.0), (19.99,) * 3, "", 359, 1.0)
+    for codec in ("m2", "cm"):
+        own = ActionGrammar(verbs=("list",), codec=codec)
+        assert len(format_action(worst, codec)) <= own.longest_item < 2 * len(format_action(worst, "m2"))
 
 
 def test_a_row_that_runs_out_of_tokens_says_so(engines, tokenizer):

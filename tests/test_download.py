@@ -107,7 +107,8 @@ def get(step: Step) -> None:
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    """Of the files in a folder, but for the sizes that are kept beside them."""
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".size")
 
 
 def test_file_comes_whole_and_once(server, tmp_path):
@@ -116,6 +117,17 @@ def test_file_comes_whole_and_once(server, tmp_path):
     get(step)
     assert step.path.read_bytes() == BYTES and server.asked["/file.bin"] == 1
     assert names(step.path.parent) == ["file.bin"]
+
+
+def test_a_file_cut_short_after_it_came_is_fetched_again(server, tmp_path):
+    step = step_of(server, tmp_path)
+    get(step)
+    step.path.write_bytes(BYTES[:3])
+    assert not step.done
+    get(step)
+    assert step.path.read_bytes() == BYTES and server.asked["/file.bin"] == 2
+    step.path.with_name("own.bin").write_bytes(b"put there by hand")
+    assert Step(step.url, step.path.with_name("own.bin")).done
 
 
 @pytest.mark.parametrize("tags", [True, False])

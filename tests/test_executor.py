@@ -142,6 +142,9 @@ def test_undo_goes_back_one_change_at_a_time(state):
         (replace(WALLS[0], a=(-0.9, -0.5)), "duplicate"),
         (PlaceWall(WALLS[0].b, WALLS[0].a, -1.0, 2.5), "duplicate"),
         (replace(DOOR, center=(0.05, -0.5, 0.0)), "duplicate"),
+        (PlaceWindow(0, (0.82, -0.5, 0.5), 0.8, 1.0), "duplicate"),  # over the door by 3 cm
+        (PlaceWindow(0, (0.0, -0.5, 1.2), 0.8, 0.5), "duplicate"),  # likewise, from above
+        (PlaceOpening(0, (0.0, -0.5, 0.0), 0.5, 0.5), "duplicate"),  # within the door
         (Move(6, (2.9, 2.4, math.nan)), "number"),
         (Move(0, (0.0, 0.0, 0.0)), "target"),
         (Move(8, (0.0, 0.0, 0.0)), "target"),
@@ -169,7 +172,8 @@ def test_what_makes_no_sense_is_told_and_not_done(state, action, kind):
         PlaceDoor(0, (2.55, -0.5, 0.5), 0.9, 2.0),  # in its corner
         PlaceOpening(2, (1.0, 2.5, 0.25), 4.0, 2.5),  # all of it
         replace(DOOR, center=(0.9, -0.5, 0.0)),  # beside the other
-        PlaceWindow(0, (0.75, -0.5, 0.5), 0.8, 1.0),  # its frame over the door's
+        PlaceWindow(0, (0.835, -0.5, 0.5), 0.8, 1.0),  # over the door by 1.5 cm, as rounding may have it
+        PlaceWindow(0, (0.0, -0.5, 1.25), 0.8, 0.5),  # above the door
         replace(CHAIR, center=(2, 0, 0), yaw=2),
         replace(CHAIR, center=(2, 0, 0), yaw=178),  # half a turn is none
         replace(CHAIR, center=(0.5, 0.5, -0.5), category="stool"),

@@ -582,6 +582,11 @@ def test_a_prediction_is_read_in_the_codec_it_was_written_in(tmp_path):
     assert rooms[0] == rooms[1] == plan.bound("s")
     (tmp_path / "plan.txt").write_text(format_action(plan, "cm"))
     assert load_room(tmp_path / "plan.txt", codec="cm") == plan
+    result = run(tmp_path / "plan.txt", "--codec", "cm", "--format", "actions", "--output", tmp_path / "out")
+    assert result.exit_code == 0 and (tmp_path / "out").read_text() == format_action(plan) + "\n"
+    (tmp_path / "predictions.jsonl").write_text(json.dumps(rows[0] | {"codec": "inch"}) + "\n")
+    with pytest.raises(ValueError, match="predictions.jsonl: row 0: codec: expected one of m2, cm, rows, got 'inch'"):
+        load_room(tmp_path / "predictions.jsonl", index=0)
 
 
 def test_a_list_that_moves_and_removes_is_carried_out(tmp_path):
@@ -592,19 +597,26 @@ def test_a_list_that_moves_and_removes_is_carried_out(tmp_path):
     left = parse_action((tmp_path / "room.txt").read_text())
     assert [(a.category, a.center) for a in left.actions] == [("chair", (0.5, 1.0, 0.5))]
     assert any(note.startswith("action 4 not carried out") for note in notes)
+    export_room(edits.bound("home"), "actions", tmp_path / "room.txt")
+    assert parse_action((tmp_path / "room.txt").read_text()).scene == "home"
+    export_room(edits, "spatiallm", tmp_path / "room.txt")
+    assert [a.category for a in load_room(tmp_path / "room.txt").actions] == ["chair"]
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_file_without_anything_in_it_is_not_written(tmp_path, format):
-    for nothing in (PlanRoom(()), NoAction("not_present")):
-        if format != "actions":
-            with pytest.raises(ValueError, match="no room to write"):
-                export_room(nothing, format, tmp_path / "room")
-            assert list(tmp_path.iterdir()) == []
     unnamed = PlaceAnchor("", (1.0, 1.0, 0.5), (1.0, 0.0, 0.0), (0.5, 0.5, 1.0))
-    if format == "capturedroom":
+    rooms = [PlanRoom(()), NoAction("not_present"), ActionList((unnamed, Remove(0))), Scene("s", [], [], "x")]
+    rooms += [unnamed] if format == "capturedroom" else []
+    rooms += [PlaceOpening(0, (0.0, 0.0, 1.0), 1.0, 2.0)] if format != "actions" else []  # its wall is not there
+    for nothing in rooms:
         with pytest.raises(ValueError, match="no room to write"):
-            export_room(unnamed, format, tmp_path / "room")
+            export_room(nothing, format, tmp_path / "room")
+        assert list(tmp_path.iterdir()) == []
+    if format == "capturedroom":  # with something beside it the rest is written and the anchor named
+        notes = export_room(ActionList((unnamed, ROOM.actions[7])), format, tmp_path / "room.json")
+        assert len(read_captured_room(tmp_path / "room.json").boxes) == 1
+        assert any("anchor-0 left out" in note for note in notes)
 
 
 def test_links_and_pipes_stay_what_they_are(tmp_path):
@@ -621,3 +633,48 @@ def test_links_and_pipes_stay_what_they_are(tmp_path):
     assert read == ["through"] and (tmp_path / "pipe").is_fifo()
     with pytest.raises(ValueError, match="is a folder"):
         write_whole(tmp_path, "x")
+    result = run(tmp_path / "target", "--format", "glb", "--output", "")
+    assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(not Path("/dev/stdout").exists(), reason="the system has no /dev/stdout")
+def test_a_pipe_is_written_through_the_link_that_leads_to_it():
+    code = "from roomplan_lib.files import write_whole; write_whole('/dev/stdout', 'through')"
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True).stdout == b"through"
+
+
+def test_parts_without_a_face_are_named(tmp_path):
+    pytest.importorskip("pxr")
+    trimesh = pytest.importorskip("trimesh")
+    whole = PlaceOpening(1, (4.0, 1.5, 1.35), 3.0, 2.5)  # all of wall 1
+    point = PlaceWall((9.0, 9.0), (9.0, 9.0), 0.1, 2.5)
+    plan = PlanRoom((*ROOM.actions[:4], point, whole))
+    for format in ("glb", "usdz"):
+        notes = export_room(plan, format, tmp_path / f"room.{format}")
+        told = [note for note in notes if "no face" in note]
+        assert [note.split()[0] for note in told] == ["Wall_1", "Wall_4"], notes
+    nodes = set(trimesh.load_scene(tmp_path / "room.glb").graph.nodes_geometry)
+    assert nodes == {"Wall_0", "Wall_2", "Wall_3", "Opening_0"}
+    with pytest.raises(ValueError, match="nothing to export.*no face"):
+        export_room(point, "glb", tmp_path / "none.glb")
+    assert not (tmp_path / "none.glb").exists()
+
+
+def test_files_are_known_by_what_they_hold(tmp_path):
+    """With a byte order mark, another suffix, or other lines before the first that is a script's."""
+    metres, steps = write_spatiallm(ROOM), write_spatiallm(ROOM, quantised=True)
+    for text, num_items in (
+        (metres, 9), (f"# a room, v1.5\n{metres}", 9), (f"lamp_0=Lamp(1)\n\n{metres}", 9),
+        (f"<|layout_s|>\n{steps}<|layout_e|>", 9), (f"# v1.5\n{steps}", 9),
+        (f"# a room\n{write_scenescript(ROOM)}", 9), (format_action(ROOM), 10),
+    ):  # fmt: skip
+        for suffix, encoding in ((".txt", "utf-8-sig"), (".json", "utf-8"), ("", "utf-8-sig")):
+            path = tmp_path / f"room{suffix}"
+            path.write_text(text, encoding=encoding)
+            room = load_room(path)
+            assert len(room.actions) == num_items
+            assert room.actions[0].b == pytest.approx((4.0, 0.0), abs=0.025)
+    write_captured_room(plan_scene(ROOM), tmp_path / "captured.json")
+    data = (tmp_path / "captured.json").read_bytes()
+    (tmp_path / "captured.txt").write_bytes(b"\xef\xbb\xbf" + data)
+    assert len(load_room(tmp_path / "captured.txt").boxes) == 3

@@ -73,7 +73,7 @@ def test_the_grammar_holds_what_training_uses(action_files):
     assert used.longest == max(
         len(json.loads(r["action_json"]).get("actions", ())) for r in records if r["task"] == "plan_room"
     )
-    assert "chair" in used.categories and "place_wall" in training_grammar(records, "lark", "m2")
+    assert "chair" in used.categories and "place_wall" in training_grammar(records, "lark", "m2").text()
     questions = [{"question": "?", "answer": "yes"}]
     with pytest.raises(ValueError, match="hold no action"):
         training_grammar(questions, "lark", "m2")

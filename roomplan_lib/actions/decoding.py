@@ -29,6 +29,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from roomplan_lib.actions.grammar import ActionGrammar
 from roomplan_lib.actions.spec import VERBS, PlanRoom
 
 ENGINES = ("llguidance", "xgrammar", "none")
@@ -47,6 +48,7 @@ _JSON_PART = re.compile(
     r'"(?P<key>[^"\\]*)":|(?P<open>[\[{])|(?P<close>[\]}])|"(?P<string>[^"\\]*)"|(?P<number>-?\d[\d.]*)'
 )
 _KEPT = 256  # compiled grammars; scenes or categories that are bound per sample make many
+CLOSING = "]}]<end>"  # what may follow the last item of a list or plan, each character a token at the most
 _SCORED = 64  # tokens whose logits are made float32 at once: 39 MB for Qwen3's
 
 
@@ -78,12 +80,23 @@ class GrammarEngine:
             )
             self._wrapped = xgrammar.GrammarCompiler(info)
 
-    def matchers(self, grammars: Sequence[str | None]) -> list[Matcher | None]:
+    def matchers(self, grammars: Sequence[str | ActionGrammar | None]) -> list[Matcher | None]:
         """One matcher per row, at the start of its grammar; None for a row without grammar, or with engine none.
 
         Rows with the same text share its compilation. Raises ValueError for a grammar that does not compile.
         """
-        return [None if text is None or self.name == "none" else self._start(text) for text in grammars]
+        texts = [grammar.text() if isinstance(grammar, ActionGrammar) else grammar for grammar in grammars]
+        return [None if text is None or self.name == "none" else self._start(text) for text in texts]
+
+    def resumed(self, text: str, tokens: Sequence[int]) -> Matcher | None:
+        """A matcher of the grammar behind `tokens`; None where the grammar does not allow them."""
+        matcher = self._start(text)
+        try:
+            for token in tokens:
+                matcher.accept(token)
+        except ValueError:
+            return None
+        return matcher
 
     def _start(self, grammar: str) -> Matcher:
         if grammar not in self._compiled:
@@ -203,7 +216,7 @@ def generate_constrained(
     inputs_embeds: Tensor,
     attention_mask: Tensor,
     engine: GrammarEngine,
-    grammars: Sequence[str | None],
+    grammars: Sequence[str | ActionGrammar | None],
     *,
     max_new_tokens: int | None = None,
     jump_forward: bool = True,
@@ -220,7 +233,9 @@ def generate_constrained(
     jump_forward: a row's forced tokens pass through the language model together with the token before them. Rows jump
     by different lengths, so the cache has holes, which are masked; positions are counted without them. Without it
     there is one forward pass a token, and the same result.
-    max_new_tokens: None for all that the model has positions for; every grammar of the action language ends by itself.
+    max_new_tokens: None for all that the model has positions for. A row whose grammar is an `ActionGrammar` ends its
+    list or plan when its tokens run short: from then on only the item that it is at, and the end, are allowed. Any
+    other grammar may be cut off; `Generation.finished` tells.
     do_sample, temperature, top_k (0: all), top_p: as in transformers, on what the grammar allows.
     Raises ValueError when the model's generation_config holds a setting that a grammar excludes, or for jump_forward
     with layers of other than full attention, where holes would count.
@@ -245,12 +260,17 @@ def generate_constrained(
 
     eos_token_id, pad_token_id = engine.tokenizer.eos_token_id, engine.tokenizer.pad_token_id
     device = inputs_embeds.device
-    rows = [_Row(i, matcher) for i, matcher in enumerate(matchers)]
+    rows = [
+        _Row(i, matcher, grammar if matcher is not None and isinstance(grammar, ActionGrammar) else None)
+        for i, (matcher, grammar) in enumerate(zip(matchers, grammars, strict=True))
+    ]
     active = rows
     positions = attention_mask.sum(1, keepdim=True)  # of each row's next token
     cache = DynamicCache(config=language_model.config)
     num_forward_passes = 0
     while active:
+        for row in active:
+            row.hurry(engine, max_new_tokens)
         # One forward pass over each row's chosen token and the forced ones behind it.
         if jump_forward:
             for row in active:
@@ -314,6 +334,7 @@ class _Row:
 
     index: int
     matcher: Matcher | None
+    grammar: ActionGrammar | None = None  # that can still be made to end sooner
     fed: list[int] = field(default_factory=list)
     jumped: list[int] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
@@ -321,6 +342,25 @@ class _Row:
     forced: list[bool] = field(default_factory=list)
     preferred: list[bool] = field(default_factory=list)
     finished: bool = False
+
+    def hurry(self, engine: GrammarEngine, max_new_tokens: int) -> None:
+        """Leaves the grammar no further item once the tokens left are few.
+
+        One step takes at most the forced rest of an item, so that at least one item and the end still fit.
+        """
+        if self.grammar is None or not self.grammar.has_lists:
+            return
+        if max_new_tokens - len(self.ids) > 2 * self.grammar.longest_item + len(CLOSING):
+            return
+        text = engine.tokenizer.decode(self.ids)
+        begun = text.count('["') - text.startswith('["') if self.grammar.codec == "rows" else text.count('"action":"')
+        if self.grammar.codec != "rows" and text.startswith('{"action":"plan_room"'):
+            begun -= 1
+        for number in (max(begun, 1), begun + 1):  # behind a comma one more must follow
+            if shorter := engine.resumed(self.grammar.text(number), self.ids):
+                self.matcher = shorter
+                break
+        self.grammar = None
 
     def jump(self, max_new_tokens: int) -> None:
         """Moves on over all forced tokens, as far as there is room."""

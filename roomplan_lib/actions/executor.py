@@ -35,7 +35,6 @@ from roomplan_lib.geometry import OrientedBox, box_iou_3d
 
 OFF_WALL = 0.2  # metres between a door's center and the line of its wall
 ROUNDING = 0.01  # metres that two decimals may add
-MAX_SHARED = 0.2  # of the smaller of two rectangles in one wall: more is one thing placed twice
 SAME_IOU = 0.7  # two things of one class that overlap more are one thing placed twice
 YAW_TOLERANCE = 2.0  # degrees between yaw and normal
 
@@ -308,13 +307,13 @@ def _duplicate_problem(item: Action, items: Sequence[Action], walls: Sequence[Pl
 
 
 def _covers(a: PlaceInWall, b: PlaceInWall, walls: Sequence[PlaceWall]) -> bool:
-    """Whether two rectangles of one wall share more than MAX_SHARED of the smaller one."""
+    """Whether two rectangles of one wall share more than a strip that rounding may make."""
     if a.wall != b.wall:
         return False
     offset = np.abs((np.array(a.center) - b.center) @ walls[a.wall].to_box().rotation)
-    width = min(a.width, b.width, (a.width + b.width) / 2 - offset[0])
-    height = min(a.height, b.height, (a.height + b.height) / 2 - offset[2])
-    return min(width, height) > 0 and width * height > MAX_SHARED * min(a.width * a.height, b.width * b.height)
+    width = (a.width + b.width) / 2 - offset[0]
+    height = (a.height + b.height) / 2 - offset[2]
+    return bool(min(width, height) > 2 * ROUNDING)
 
 
 def _box(item: Action, walls: Sequence[PlaceWall], thickness: float = 0.0) -> OrientedBox | None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from roomplan_lib.actions.spec import (
     CATEGORY,
     CATEGORY_FORM,
     COMPONENT,
+    MAX_CATEGORY,
     MAX_ITEMS,
     MAX_SCENE,
     PLAIN_SCENE_FORM,
@@ -74,6 +76,45 @@ def grammar(
     return "".join(
         f"{name} {sign} {body}\n" for name, body in {start: " | ".join(alternatives), **rules.bodies}.items()
     )
+
+
+@dataclass(frozen=True)
+class ActionGrammar:
+    """The arguments of `grammar`, from which a decoder can also have the same language with shorter lists."""
+
+    kind: str = "lark"
+    verbs: tuple[str, ...] = ALL_VERBS
+    scene: str | None = None
+    categories: tuple[str, ...] | None = ANY_CATEGORY
+    codec: str = "m2"
+    max_items: int = MAX_ITEMS
+    items: tuple[str, ...] | None = None
+
+    def text(self, max_items: int | None = None) -> str:
+        """The grammar, of lists and plans with at most `max_items` actions, its own number for None."""
+        number = self.max_items if max_items is None else min(max_items, self.max_items)
+        return grammar(self.kind, self.verbs, self.scene, self.categories, self.codec, number, self.items)
+
+    @property
+    def has_lists(self) -> bool:
+        return PlanRoom.verb in self.verbs or ActionList.verb in self.verbs
+
+    @property
+    def longest_item(self) -> int:
+        """Characters, so also tokens at the most, of one action in a list or plan."""
+        verbs = set(self.items or VERBS) & set(VERBS)
+        return max(sum(map(self._longest_field, action_fields(verb))) for verb in verbs) + len('{"action":""},') + 20
+
+    def _longest_field(self, row: ActionField) -> int:
+        if isinstance(row.value, Number):
+            longest = 1 + max(len(f"{bound / 100:.2f}") for bound in (row.value.low, row.value.high))
+        elif row.value is SCENE:
+            longest = MAX_SCENE if self.scene == ANY_SCENE else len(self.scene or "")
+        elif row.value is CATEGORY:
+            longest = max(map(len, self.categories)) if self.categories is not None else MAX_CATEGORY
+        else:
+            longest = max(map(len, row.value.words))
+        return len(f',"{row.key}":""[]') + longest * max(row.count, 1)
 
 
 def json_schema(

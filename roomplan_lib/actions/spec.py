@@ -19,7 +19,8 @@ MAX_ITEMS = 100  # of a plan or a list; two digits number them
 READ_LIMIT = 1_000.0  # metres; what is read may lie farther out than what is written, but in no room so far
 UNIT_TOLERANCE = 0.02  # by which the length of a normal may differ from 1: rounding to two decimals takes 0.009
 MAX_SCENE = 200  # characters of a scene id
-CATEGORY_FORM = ("[a-z0-9]", "[a-z0-9_]{0,39}")  # character classes of any category
+MAX_CATEGORY = 40  # characters
+CATEGORY_FORM = ("[a-z0-9]", f"[a-z0-9_]{{0,{MAX_CATEGORY - 1}}}")  # character classes of any category
 PLAIN_SCENE_FORM = (rf"[ !\x23-\x5b\x5d-\x7e]{{1,{MAX_SCENE}}}",)  # of a scene id that JSON writes without escapes
 
 
@@ -55,7 +56,7 @@ AMOUNT = Number("amount", 0, 99_999, (0.0, READ_LIMIT), "metres, or square metre
 DEGREES = Number("degrees", 0, 359, (0.0, 359.0), "counter-clockwise seen from above", whole=True)
 INDEX = Number("index", 0, MAX_ITEMS - 1, (0.0, MAX_ITEMS - 1.0), "position in canonical order, from 0", whole=True)
 SCENE = Word("scene", None, f"the scene's id, at most {MAX_SCENE} printable characters")
-CATEGORY = Word("category", None, "at most 40 lower-case letters, digits and _")
+CATEGORY = Word("category", None, f"at most {MAX_CATEGORY} lower-case letters, digits and _")
 QUANTITY = Word("quantity", ("distance", "width", "height", "depth", "area"), "what is measured")
 REASON = Word("reason", ("not_visible", "not_present", "ambiguous"), "why nothing is done")
 

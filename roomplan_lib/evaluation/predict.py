@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from roomplan_lib.actions import ActionError, ActionList, PlaceAnchor, PlanRoom, action_record, parse_action
 from roomplan_lib.actions.decoding import GrammarEngine, confidences, generate_constrained
-from roomplan_lib.actions.grammar import grammar
+from roomplan_lib.actions.grammar import ActionGrammar
 from roomplan_lib.config import RunConfig
 from roomplan_lib.evaluation import CONTROLS, manifest_file, predictions_file, read_manifest
 from roomplan_lib.files import file_hash, write_whole
@@ -127,10 +127,10 @@ def predictions_folder(
 
 @dataclass(frozen=True, eq=False)
 class Constraint:
-    """What actions are held to while they are written: the grammar's text, by an engine that knows the tokenizer."""
+    """What actions are held to while they are written: a grammar, by an engine that knows the tokenizer."""
 
     engine: GrammarEngine
-    grammar: str
+    grammar: ActionGrammar
 
 
 @dataclass
@@ -157,7 +157,7 @@ def used_language(records: Iterable[dict]) -> Language:
     return used
 
 
-def training_grammar(records: Iterable[dict], kind: str, codec: str) -> str:
+def training_grammar(records: Iterable[dict], kind: str, codec: str) -> ActionGrammar:
     """The language of the verbs and categories that a run's training actions use, in lists no longer than theirs.
 
     It is one for all questions: a grammar of its own for each kind of question would tell the answer of one that
@@ -166,8 +166,8 @@ def training_grammar(records: Iterable[dict], kind: str, codec: str) -> str:
     used = used_language(records)
     if not used.verbs:
         raise ValueError("data.train_files hold no action, so there is nothing to constrain; predict without")
-    items = sorted(used.items) or None
-    return grammar(kind, sorted(used.verbs), None, sorted(used.categories), codec, used.longest, items)
+    verbs, items, categories = (tuple(sorted(words)) for words in (used.verbs, used.items, used.categories))
+    return ActionGrammar(kind, verbs, None, categories, codec, used.longest, items or None)
 
 
 def is_current(path: Path, fingerprint: dict) -> bool:
@@ -236,10 +236,19 @@ def predict(
                     max_new_tokens=max_new_tokens,
                 )  # fmt: skip
                 written = tokenizer.batch_decode(generation.ids, skip_special_tokens=True)
-                for k, text, confidence in zip(held, written, confidences(generation, tokenizer), strict=True):
+                found = zip(
+                    held, written, confidences(generation, tokenizer), generation.finished.tolist(), strict=True
+                )
+                for k, text, confidence, finished in found:
                     extra[part[k]] = {"unconstrained": texts[part[k]], "confidence": confidence}
+                    if not finished:
+                        extra[part[k]]["error"] = f"cut off after {max_new_tokens} tokens"
                     texts[part[k]] = text
             bar.update(len(part))
+    if cut := sum("error" in row for row in extra.values()):
+        print(
+            f"{label}: {cut} of {len(extra)} actions were cut off after {max_new_tokens} tokens; raise max_new_tokens"
+        )
     codec = collator.data.codec
     categories = used_language(sample.record for sample in samples).categories
     return [_row(i, sample.record, texts[i], codec, categories) | extra.get(i, {}) for i, sample in enumerate(samples)]

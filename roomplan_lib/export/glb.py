@@ -13,10 +13,11 @@ from roomplan_lib.scenes.roomplan import Z_UP
 NEEDS = "needs the package trimesh: pip install 'roomplan_lib[export]'"
 
 
-def write_glb(scene: Scene, path: Path | str) -> None:
+def write_glb(scene: Scene, path: Path | str, notes: list[str] | None = None) -> None:
     """Write a scene's meshes as one GLB file: metres, y up, a node a part with `category` and `group` in its extras.
 
-    The file is written whole or not at all. Raises ValueError for an empty scene or without trimesh.
+    notes: as of `room_parts`. The file is written whole or not at all. Raises ValueError for an empty scene or without
+    trimesh.
     """
     try:
         import trimesh
@@ -31,7 +32,7 @@ def write_glb(scene: Scene, path: Path | str) -> None:
         for group, color in GROUP_COLORS.items()
     }  # fmt: skip
     room = trimesh.Scene(base_frame="Room", metadata={"scene_id": scene.scene_id})
-    for part in room_parts(scene):
+    for part in room_parts(scene, notes):
         mesh = trimesh.Trimesh(
             vertices=part.vertices @ Z_UP,
             faces=part.quads[:, [[0, 1, 2], [0, 2, 3]]].reshape(-1, 3),

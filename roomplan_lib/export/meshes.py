@@ -45,11 +45,13 @@ class Part:
         return transform
 
 
-def room_parts(scene: Scene) -> list[Part]:
+def room_parts(scene: Scene, notes: list[str] | None = None) -> list[Part]:
     """The meshes of a scene's surfaces and boxes, in its order, named `Wall_0`, `Door_1`, `TvMonitor_0`, ..
 
-    Raises ValueError for a scene with neither.
+    notes: gets a sentence for each surface without a face, such as a wall that its opening takes up, which is left out.
+    Raises ValueError for a scene in which nothing has a face.
     """
+    notes = [] if notes is None else notes
     if not scene.surfaces and not scene.boxes:
         raise ValueError(f"scene {scene.scene_id}: no surface and no box, so there is nothing to export")
     parts, counts = [], {}
@@ -60,7 +62,15 @@ def room_parts(scene: Scene) -> list[Part]:
         base = "".join(word.capitalize() for word in re.findall(r"[A-Za-z0-9]+", category))
         base = base if base[:1].isalpha() else f"Object{base}"
         number = counts[base] = counts.get(base, -1) + 1
+        if not len(quads):
+            notes.append(
+                f"{base}_{number} {box.object_id} left out: it has no face, as it has no length or no height, "
+                "or what lies in it takes up all of it"
+            )
+            continue
         parts.append(Part(group, f"{base}_{number}", category, box, vertices, quads))
+    if not parts:
+        raise ValueError(f"scene {scene.scene_id}: nothing to export: {'; '.join(notes)}")
     return parts
 
 

@@ -17,17 +17,18 @@ NEEDS = "needs the package usd-core: pip install 'roomplan_lib[export]'"
 _FIRST_DAY = bytes([0, 0, 0x21, 0])  # time and date of 1 January 1980 in a zip header
 
 
-def write_usdz(scene: Scene, path: Path | str) -> None:
+def write_usdz(scene: Scene, path: Path | str, notes: list[str] | None = None) -> None:
     """Write a scene's meshes as one USDZ package: metres, y up as in RoomPlan, one prim a part below /Room.
 
     Each part is a mesh with its own transform and `roomplan:category` in its custom data; walls have holes for what
-    lies in them. The file is written whole or not at all. Raises ValueError for an empty scene or without usd-core.
+    lies in them. notes: as of `room_parts`. The file is written whole or not at all. Raises ValueError for an empty
+    scene or without usd-core.
     """
     try:
         from pxr import Gf, Kind, Sdf, Usd, UsdGeom, UsdShade, UsdUtils, Vt
     except ImportError:
         raise ValueError(f"USDZ {NEEDS}") from None
-    parts = room_parts(scene)
+    parts = room_parts(scene, notes)
     with tempfile.TemporaryDirectory() as folder:  # USD writes by paths and knows a format by its suffix
         source, package = Path(folder, "room.usdc"), Path(folder, "room.usdz")
         stage = Usd.Stage.CreateNew(str(source))

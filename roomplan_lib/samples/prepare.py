@@ -35,7 +35,8 @@ from roomplan_lib.scenes.arkitscenes import (
 
 TASKS = ("anchors", "qa", "lists", "negatives", "planes", "plans")
 DEFAULT_TASKS = ("anchors", "qa")
-BUILDER_VERSION = 3  # raised whenever the same scene and settings give other samples: files of old ones are rebuilt
+# Raised whenever the same scene and settings give other samples or manifests: files of old ones are rebuilt.
+BUILDER_VERSION = 4
 CACHE_DIR = ".scenes"
 
 
@@ -76,6 +77,8 @@ def prepare_arkitscenes(
     root, output_dir = Path(root).absolute(), Path(output_dir).absolute()
     if not tasks or set(tasks) - set(TASKS):
         raise ValueError(f"tasks: expected some of {TASKS}, got {tuple(tasks)}")
+    if split not in (None, *SPLIT_OF_FOLD, *SPLIT_OF_FOLD.values()):
+        raise ValueError(f"split: expected one of {(*SPLIT_OF_FOLD, *SPLIT_OF_FOLD.values())}, got {split!r}")
     members, twins = _split_scenes(root, SPLIT_OF_FOLD.get(split, split), exclude)
     settings = {
         "builder_version": BUILDER_VERSION,
@@ -101,13 +104,18 @@ def prepare_arkitscenes(
         listing = "\n".join(f"  {name}: {reason}" for name, reason in broken.items())
         heading = f"{len(broken)} of {len(scene_dirs)} scenes cannot be used"
         if not skip_broken:
-            raise ValueError(f"{heading}; mend them, or leave them out with skip_broken:\n{listing}")
+            raise ValueError(f"{heading}; mend them, or leave them out with --skip-broken:\n{listing}")
         print(f"{heading} and are left out:\n{listing}")
+    if skipped := sorted(name for name, result in results.items() if result["state"] == "skipped"):
+        print(f"{len(skipped)} scenes are left out, since the annotators skipped them: {', '.join(skipped)}")
 
     files = {}
     for part, part_dirs in members.items():
         good = [path for path in part_dirs if results[path.name]["state"] == "good"]
         left_out = {path.name: results[path.name]["error"] for path in part_dirs if path not in good}
+        if not good:
+            listing = "\n".join(f"  {name}: {reason}" for name, reason in left_out.items())
+            raise ValueError(f"{root}: none of the {len(part_dirs)} {part} scenes can be used:\n{listing}")
         left_out |= twins if part == "train" else {}
         good_results = [results[path.name] for path in good]
         for task in tasks:
@@ -221,7 +229,7 @@ def build_scene(scene_dir: Path, root: Path, settings: dict, tasks: Sequence[str
         sets.append(built)
     return {
         "sets": sets,
-        "categories": sorted({box.label for box in scene.boxes}),
+        "categories": dict(sorted(Counter(box.label for box in scene.boxes).items())),
         **{key: scene.metadata[key] for key in ("other_labels", "sky_direction", "table_sky_direction")},
     }
 

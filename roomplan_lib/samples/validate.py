@@ -28,12 +28,13 @@ from roomplan_lib.samples import (
     record_faults,
     sample_root,
 )
+from roomplan_lib.samples.anchors import TEMPLATES
 from roomplan_lib.samples.describe import category_text, plural, upright
 from roomplan_lib.samples.planes import TASK as PLANE_TASK
 from roomplan_lib.samples.views import MIN_BASELINE
 from roomplan_lib.scenes import CATEGORIES, load_depth, load_rgb, path_below
 
-# All keys of a record, see the docstring of `roomplan_lib.samples`; the last two are those of published annotations.
+# All keys of a record, see the docstring of `roomplan_lib.samples`; from `description` on those of published annotations.
 KEYS = {
     "images", "geom_token", "task", "scene_id", "question", "answer", "instruction", "action_json", "situation",
     "question_id", "object_ids", "view_ids", "split", "source", "answers", "depths", "depth_scale", "depth_K",
@@ -45,6 +46,8 @@ KEYS = {
 PUBLISHED = {
     "scanqa", "sqa3d", "scanrefer", "multi3drefer", "scan2cap", "nr3d", "llava", "sharegpt4v", "docvqa", "chartqa",
 }  # fmt: skip
+# Words that ask for an anchor and tell nothing of its target.
+COMMAND_WORDS = set(re.findall(r"\w+", " ".join(TEMPLATES).casefold())) | {"a", "please", "to", "this", "that"}
 MAX_LENGTH = 50.0  # metres: no furniture of a room is longer
 MAX_DISTANCE = 30.0  # metres: a target further from every camera is in another frame than they are
 FOCAL_LENGTHS = (0.3, 5.0)  # of the picture's width: from 118 down to 11 degrees of view
@@ -54,7 +57,10 @@ TARGET_TOLERANCE = 1e-3  # metres; record and action both keep four decimals
 YAW_TOLERANCE_DEG = 0.51  # a plane's yaw is whole degrees
 BASELINE_TOLERANCE = 2e-3  # metres; the record keeps three decimals
 SPLITS = ("train", "val", "test")
+LISTED = 10  # records that a line of the summary names
+ONE_TARGET = {"place_anchor", "scanrefer", "nr3d"}  # tasks whose instruction means one object
 REMOVE_ONE = "remove one of them"
+NAME_IT = "name the target by a relation or a colour that fits it alone"
 FETCH = "fetch or render the scene again"
 ONE_SPLIT = "keep each scene and visit in one split and build the files again"
 
@@ -78,10 +84,15 @@ class Fault:
 
 @dataclass
 class Report:
-    """What `check_file` found. counts: what a reader of the summary should know besides; figures: [N] per record."""
+    """What `check_file` found.
+
+    counts: what a reader of the summary should know besides, and numbers: the records meant, where they may be looked
+    at; figures: [N] per record.
+    """
 
     faults: list[Fault] = field(default_factory=list)
     counts: Counter = field(default_factory=Counter)
+    numbers: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     figures: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
 
@@ -132,7 +143,10 @@ def summarise(path: Path | str, report: Report | list[Fault], limit: int = 20) -
     lines += [f"  {fault}" for fault in faults[:limit]]
     if len(faults) > limit:
         lines.append(f"  ... and {len(faults) - limit} more")
-    lines += [f"  {count} {words}" for words, count in report.counts.items()]
+    for words, count in report.counts.items():
+        numbers = report.numbers.get(words, [])
+        named = ", ".join(map(str, numbers[:LISTED])) + (", ..." if len(numbers) > LISTED else "")
+        lines.append(f"  {count} {words}" + (f": records {named}" if numbers else ""))
     for name, values in report.figures.items():
         low, middle, high = np.quantile(values, (0, 0.5, 1))
         lines.append(f"  {name}: {low:.2f} to {high:.2f}, median {middle:.2f}")
@@ -213,7 +227,7 @@ class _Checker:
     def __init__(self, path: Path, root: Path, report: Report) -> None:
         self.path = path
         self.root = root
-        self.counts, self.figures = report.counts, report.figures
+        self.counts, self.figures, self.numbers = report.counts, report.figures, report.numbers
         self.visits = _by_scene(path, "visits")
         self.categories = _by_scene(path, "categories")
         self.splits: dict[str, str] = {}  # by scene id, as its first record has it
@@ -345,22 +359,32 @@ class _Checker:
         first = self.contents.setdefault(hashlib.sha256(content.encode()).hexdigest(), number)
         published = str(record.get("source")) in PUBLISHED
         if first != number and published:
-            self.counts["that say the same as another, as published"] += 1
+            self._count_published("that say the same as another, as published", number)
         elif first != number:
             yield f"says the same as record {first}", REMOVE_ONE
         words = [record.get(key, "") for key in ("situation", "question", "instruction")]
         marked = record.get("boxes") if BOX_MARKER.search(words[1] + words[2]) else None
         prompt = [record["scene_id"], sorted(record["images"]), marked, *map(_plain, words)]
-        response = record.get("action_json") or _plain(record.get("answer", ""))
+        if "instruction" in record:
+            response = record.get("action_json") or json.dumps(record.get("object_ids"))
+        else:
+            response = _plain(record.get("answer", ""))
         key = hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()
         known, first = self.answers.setdefault(key, (response, number))
-        if known != response and published:
-            self.counts["that ask the same as another and expect something else, as published"] += 1
+        one_target = "instruction" in record and record["task"] in ONE_TARGET
+        if known != response and published and one_target:
+            yield f"ambiguous: record {first} says the same of these views and means another object", REMOVE_ONE
+        elif known != response and published:
+            self._count_published("that ask the same as another and expect something else, as published", number)
         elif known != response:
             yield (
                 f"ambiguous: record {first} asks the same of these views and expects another answer",
-                "name the target by a relation or a colour that fits it alone, or remove both",
+                f"{NAME_IT}, or remove both",
             )
+
+    def _count_published(self, words: str, number: int) -> None:
+        self.counts[words] += 1
+        self.numbers[words].append(number)
 
     def _check_words(
         self, record: dict, action: Action | ActionList, boxes: list[OrientedBox] | None
@@ -371,11 +395,17 @@ class _Checker:
         named = [category for category in CATEGORIES if _category_words(category).search(record["instruction"])]
         held = self.categories.get(record["scene_id"])
         remedy = "name an object of the scene, or remove the record"
-        for category in named if isinstance(held, list) else ():
+        for category in named if isinstance(held, dict) else ():
             if isinstance(action, NoAction) and action.reason == "not_present" and category in held:
                 yield f"the scene holds a {category}, which action_json says is not present", BUILD_AGAIN
             elif not isinstance(action, NoAction) and category not in held:
                 yield f"the instruction names a {category}, and the scene holds none", remedy
+            elif isinstance(action, PlaceAnchor) and _is_bare(record["instruction"], category):
+                if type(held[category]) is int and held[category] > 1:
+                    yield (
+                        f"ambiguous: the instruction says {category} and no more, and the scene holds {held[category]}",
+                        NAME_IT,
+                    )
         labels = {box.label for box in boxes or ()}
         if record["task"] != PLANE_TASK and named and labels and not labels & set(named):
             yield f"the instruction names {', '.join(named)}, its target is a {', '.join(sorted(labels))}", remedy
@@ -383,6 +413,12 @@ class _Checker:
 
 def _category_words(category: str) -> re.Pattern:
     return re.compile(rf"\b(?:{category_text(category)}|{plural(category)})\b", re.IGNORECASE)
+
+
+def _is_bare(instruction: str, category: str) -> bool:
+    """Whether an instruction tells nothing of its target besides the category: no colour, no relation."""
+    words = re.findall(r"\w+", instruction.casefold())
+    return [word for word in words if word not in COMMAND_WORDS] == category_text(category).casefold().split()
 
 
 def _check_names(record: dict, key: str, what: str) -> Iterator[tuple[str, str]]:

@@ -60,7 +60,7 @@ def choose_view_sets(
     of the best choice (Nemhauser et al. 1978); the first view shows most and is the reference view. With `stop_ratio`
     below 1 the choice ends once its views show that share of all voxels, though not before two views. When no view
     adds a voxel, the most novel viewpoints fill up: those furthest, in place and heading, from what is chosen. Long
-    scans are thinned to `max_candidates` views, evenly in order of time.
+    scans are thinned to `max_candidates` views, or `num_views` where that is more, evenly in order of time.
     "uniform": evenly in order of time, first and last included; also what a scene without depth gets instead of
     "coverage", since nothing tells what its views show.
     "random": drawn anew for every set, by `seed` and the scene alone, with MIN_BASELINE between two cameras where
@@ -72,16 +72,16 @@ def choose_view_sets(
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy: expected one of {STRATEGIES}, got {strategy!r}")
-    if num_views < 1 or num_sets < 1 or max_candidates < num_views or voxel_size <= 0 or not 0 < stop_ratio <= 1:
+    if num_views < 1 or num_sets < 1 or max_candidates < 1 or voxel_size <= 0 or not 0 < stop_ratio <= 1:
         raise ValueError(
-            f"num_views {num_views} >= 1, number of sets {num_sets} >= 1, max_candidates {max_candidates} >= "
-            f"num_views, voxel_size {voxel_size} > 0 and 0 < stop_ratio {stop_ratio} <= 1 are expected"
+            f"num_views {num_views} >= 1, number of sets {num_sets} >= 1, max_candidates {max_candidates} >= 1, "
+            f"voxel_size {voxel_size} > 0 and 0 < stop_ratio {stop_ratio} <= 1 are expected"
         )
     views = scene.views
     if not views:
         raise ValueError(f"scene {scene.scene_id}: it has no views to choose from")
     shows_depth = all(view.posed and view.depth_path is not None for view in views)
-    candidates = _evenly(len(views), max_candidates)
+    candidates = _evenly(len(views), max(max_candidates, num_views))
     seen: dict[int, np.ndarray] = {}
     if strategy == "coverage" and shows_depth:
         seen, num_voxels = _seen_voxels(views, candidates, voxel_size)
