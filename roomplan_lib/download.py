@@ -241,6 +241,7 @@ def arkitscenes_steps(
 
     upsampling: ids of the scans that have highres_depth, None where that is not known.
     """
+    assets = [asset.strip() for asset in assets]
     if unknown := sorted(set(assets) - set(ASSET_FILES)):
         raise ValueError(f"assets: {', '.join(unknown)} not in {', '.join(ASSET_FILES)}")
     url, server = url.rstrip("/"), FOLDER_ON_SERVER[dataset]

@@ -1,5 +1,7 @@
 """The benchmark of preparing: its scans are real ones, and its figures add up."""
 
+import pytest
+
 from roomplan_lib.samples.benchmark import benchmark_prepare, benchmark_table, make_scans
 from roomplan_lib.scenes.arkitscenes import find_scenes, read_scene
 
@@ -20,4 +22,10 @@ def test_figures_of_the_benchmark(tmp_path):
     assert result["num_samples"] > 20 and 0 < result["decode_seconds"] < result["seconds"]
     assert 30 < result["few_peak_mb"] < 2000 and 30 < result["peak_mb"] < 2000
     assert "10 scans, 1 processes" in benchmark_table(result) and "read and decode" in benchmark_table(result)
+    assert result["num_few"] == 2 and "at 2 scans" in benchmark_table(result)  # not compared with itself
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(ValueError, match="nowhere: no such folder"):
+        benchmark_prepare(10, folder=tmp_path / "nowhere")

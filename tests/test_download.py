@@ -130,6 +130,11 @@ def test_a_file_cut_short_after_it_came_is_fetched_again(server, tmp_path):
     assert Step(step.url, step.path.with_name("own.bin")).done
 
 
+def test_assets_may_have_spaces_around_them(tmp_path):
+    spaced = download.arkitscenes_steps({SCENE: "Training"}, tmp_path, assets=["mesh", " annotation "])
+    assert spaced == download.arkitscenes_steps({SCENE: "Training"}, tmp_path, assets=["mesh", "annotation"])
+
+
 @pytest.mark.parametrize("tags", [True, False])
 def test_cut_connections_go_on_where_they_broke(server, tmp_path, tags):
     """Nine cuts are more than MAX_TRIES, but each brought something."""

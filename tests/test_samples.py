@@ -226,6 +226,7 @@ def test_selection(scene):
     uniform = choose_views(scene, 3, strategy="uniform")
     assert [view.timestamp for view in uniform.views] == [1000.0, 1000.6, 1001.1]
     assert select_views(scene, 2, max_candidates=3)[0].view_id in {v.view_id for v in uniform.views}
+    assert len(select_views(scene, 500)) == len(scene.views)  # more than there are, and than candidates
     for wrong in ({"num_views": 0}, {"num_views": 3, "strategy": "best"}, {"num_views": 3, "stop_ratio": 2}):
         with pytest.raises(ValueError, match="expected"):
             select_views(scene, **wrong)
@@ -317,6 +318,13 @@ def test_visible_pixels_against_ray_casting(tmp_path):
             assert counts[v, b] == pytest.approx(expected, rel=0.25, abs=200), (v, boxes[b].label)
     assert visible_boxes(scene, scene.views).tolist() == (counts.max(0) >= 150).tolist()
     assert not visible_boxes(scene, scene.views, min_pixels=1e6).any()
+    for v, view in enumerate(scene.views):  # every point against every box
+        points = view_points(view, 2)
+        for b, thing in enumerate(scene.boxes):
+            local = np.abs((points - thing.center) @ thing.rotation) <= thing.extent / 2 + 0.02
+            z = box_corners(thing)[:, 2]
+            above = points[:, 2] > z.min() + min(0.05, (z.max() - z.min()) / 4)
+            assert counts[v, b] == 4 * 256 * 192 / (128 * 96) * (local.all(1) & above).sum(), thing.label
 
 
 # Words ----------------------------------------------------------------------------------------------------------------
@@ -751,13 +759,30 @@ def test_a_scene_that_is_skipped_before_it_was_annotated_is_left_out(raw):
     path.write_text('{"skipped": true, "data": null}')
     manifest = read_manifest(prepare(raw)["anchors_train"])
     assert "skipped" in manifest["left_out"]["42444499"]
+    for path in raw.rglob("*_3dod_annotation.json"):
+        path.write_text('{"skipped": true}')
+    with pytest.raises(ValueError, match="(?s)none of the 2 train scenes.*42444499: .*skipped.*42444500: .*skipped"):
+        prepare(raw)
 
 
-def test_skipped_scenes_are_left_out(raw):
+def test_damaged_caches_are_built_again(raw):
+    files = prepare(raw)
+    wanted = {name: path.read_bytes() for name, path in files.items()}
+    for change in (lambda kept: kept.update(sets=[]), lambda kept: kept.pop("sets"), lambda kept: kept.pop("hash")):
+        for path in (raw.parent / "processed" / ".scenes").iterdir():
+            kept = json.loads(path.read_text())
+            change(kept)
+            path.write_text(json.dumps(kept))
+        files["qa_train"].unlink()
+        assert {name: path.read_bytes() for name, path in prepare(raw).items()} == wanted
+
+
+def test_skipped_scenes_are_left_out(raw, capsys):
     path = raw / "Training" / "42444499" / "42444499_3dod_annotation.json"
     path.write_text(path.read_text().replace('"skipped": false', '"skipped": true'))
     manifest = read_manifest(prepare(raw)["qa_train"])
     assert manifest["scene_ids"] == ["42444500"] and "skipped" in manifest["left_out"]["42444499"]
+    assert "1 scenes are left out, since the annotators skipped them: 42444499" in capsys.readouterr().out
 
 
 def test_visits_stay_in_one_split(raw, capsys):
@@ -803,8 +828,9 @@ def test_official_visit_in_both_folds(tmp_path):
 def test_impossible_requests(raw, tmp_path):
     with pytest.raises(ValueError, match="tasks: expected some of"):
         prepare(raw, tasks=["captions"])
-    with pytest.raises(ValueError, match="no test scene found"):
-        prepare(raw, split="test")
+    for split in ("test", "bogus"):
+        with pytest.raises(ValueError, match=rf"split: expected one of \('Training', .*'val'\), got '{split}'"):
+            prepare(raw, split=split)
     with pytest.raises(ValueError, match="exclude: no scene"):
         prepare(raw, exclude=["1"])
     (raw / "Validation").rename(raw / "elsewhere")

@@ -15,7 +15,7 @@ from scene_files import box, walk, write_scene
 from typer.testing import CliRunner
 
 from roomplan_lib.cli import app
-from roomplan_lib.samples import MAX_LINE, iter_samples, read_samples, sample_root, write_samples
+from roomplan_lib.samples import MAX_LINE, iter_samples, read_manifest, read_samples, sample_root, write_samples
 from roomplan_lib.samples.prepare import prepare_arkitscenes
 from roomplan_lib.samples.validate import check_file, summarise, validate_file
 
@@ -155,11 +155,39 @@ KINDS = {
 @pytest.mark.parametrize("name", KINDS)
 def test_fault_of_another_kind_is_found(good, tmp_path, name):
     kind, change, words = KINDS[name]
-    categories = {"42444499": ["bed", "chair", "table"]}
+    categories = {"42444499": {"bed": 1, "chair": 2, "table": 1}}
     path = replanted(good, tmp_path, f"{kind}_train", lambda records: change(records[0]), categories=categories)
     found = reasons(path)
     assert len(found) == 1 and found[0][0] == 1, found
     assert re.search(words, found[0][1]), found
+
+
+@pytest.mark.parametrize("words", ["Place an anchor on the chair.", "please MARK a chair with an anchor"])
+def test_a_bare_category_that_the_scene_holds_twice_is_ambiguous(good, tmp_path, words):
+    """Every other record of the file stays good; the counts come from the manifest that preparing wrote."""
+    told = read_manifest(good["anchors_train"])["categories"]
+    assert told == {"42444499": {"bed": 1, "chair": 2, "table": 1}}
+
+    def shorten(records):
+        index = next(i for i, r in enumerate(records) if "chair nearest" in r["instruction"])
+        records[index]["instruction"] = words
+        records.insert(0, records.pop(index))
+
+    found = reasons(replanted(good, tmp_path, "anchors_train", shorten, categories=told))
+    assert found == [(1, "ambiguous: the instruction says chair and no more, and the scene holds 2")]
+
+
+@pytest.mark.parametrize("source", ["scanrefer", "nr3d", "arkitscenes"])
+def test_one_instruction_for_two_targets_is_a_fault(good, tmp_path, source):
+    def repeat(records):
+        del records[2:]
+        for record in records:
+            task = "place_anchor" if source == "arkitscenes" else source
+            record.update(source=source, task=task, instruction="Place an anchor on it.")
+
+    (fault,) = validate_file(replanted(good, tmp_path, "anchors_train", repeat))
+    assert fault.record == 2 and fault.reason.startswith("ambiguous: record 1 ")
+    assert fault.remedy.startswith("name the target" if source == "arkitscenes" else "remove one of them")
 
 
 # What a record may hold -----------------------------------------------------------------------------------------------
@@ -204,6 +232,7 @@ def test_published_annotations_may_contradict_themselves(good, tmp_path):
     report = check_file(path)
     assert report.faults == []
     assert report.counts["that ask the same as another and expect something else, as published"] == 1
+    assert "expect something else, as published: records 2\n" in summarise(path, report) + "\n"
     ours = replanted(good, tmp_path, "qa_train", lambda r: (repeat(r), [x.update(source="arkitscenes") for x in r]))
     assert [reason for _, reason in reasons(ours)] == [
         "ambiguous: record 1 asks the same of these views and expects another answer"

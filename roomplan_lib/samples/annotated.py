@@ -237,7 +237,7 @@ def _listing(left_out: dict[str, str], num_wanted: int) -> str:
     if len(left_out) > MAX_LISTED:
         lines.append(f"  ... and {len(left_out) - MAX_LISTED} more")
     heading = f"{len(left_out)} of the {num_wanted} scans that are asked about are missing or broken"
-    return "\n".join([f"{heading}; mend them, or leave their questions out with skip_missing:", *lines])
+    return "\n".join([f"{heading}; mend them, or leave their questions out with --skip-missing:", *lines])
 
 
 def _located(record: dict, number: int, annotations: AnnotationFile, scenes: dict[str, dict]) -> dict:

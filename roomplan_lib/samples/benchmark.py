@@ -21,7 +21,7 @@ from roomplan_lib.scenes.arkitscenes import find_scenes, frames_dir
 from roomplan_lib.scenes.rooms import write_rooms
 
 NUM_TEMPLATES = 5  # rooms that are rendered; the scans are hard links to their files, under names of their own
-NUM_FEW = 200  # scans of the second measurement of memory
+NUM_FEW = 200  # scans of the second measurement of memory, or a quarter of all where that is less
 FOLDERS = ("lowres_wide", "lowres_depth", "lowres_wide_intrinsics")
 
 
@@ -33,13 +33,17 @@ def benchmark_prepare(
     folder: where a temporary folder is made; it must allow hard links. Preparing runs in a process of its own, once
     for all scans and once for NUM_FEW. Files come from the disk's cache in either case.
 
-    Returns {num_scenes, workers, num_samples, seconds, decode_seconds (the same files, nothing else done with them),
-    peak_mb, few_peak_mb} (memory of the main process and the largest worker together, MiB).
+    Returns {num_scenes, num_few, workers, num_samples, seconds, decode_seconds (the same files, nothing else done with
+    them), peak_mb, few_peak_mb} (memory of the main process and the largest worker together, MiB).
+    Raises ValueError for a `folder` that is none.
     """
+    if folder is not None and not Path(folder).is_dir():
+        raise ValueError(f"{folder}: no such folder; make it, or leave it out")
+    num_few = min(NUM_FEW, max(1, num_scenes // 4))
     with tempfile.TemporaryDirectory(dir=folder) as name:
         root = Path(name)
         make_scans(root / "many", num_scenes, num_poses)
-        make_scans(root / "few", min(NUM_FEW, num_scenes), num_poses)
+        make_scans(root / "few", num_few, num_poses)
         started = time.perf_counter()
         for _ in run_all(partial(read_scan, num_views=num_views), find_scenes(root / "many"), workers):
             pass
@@ -47,6 +51,7 @@ def benchmark_prepare(
         few, many = (_measured(root / part, num_views, workers) for part in ("few", "many"))
     return {
         "num_scenes": num_scenes,
+        "num_few": num_few,
         "workers": workers,
         "decode_seconds": decode_seconds,
         "few_peak_mb": few["peak_mb"],
@@ -62,7 +67,7 @@ def benchmark_table(result: dict) -> str:
             f"{result['num_scenes']} scans, {result['workers']} processes: {result['num_samples']} samples",
             f"prepare           {rate:8.1f} scans/s",
             f"read and decode   {decode_rate:8.1f} scans/s: {rate / decode_rate:.0%} of the time of preparing",
-            f"peak memory       {result['peak_mb']:8.0f} MiB, at {min(NUM_FEW, result['num_scenes'])} scans "
+            f"peak memory       {result['peak_mb']:8.0f} MiB, at {result['num_few']} scans "
             f"{result['few_peak_mb']:.0f} MiB",
         ]
     )

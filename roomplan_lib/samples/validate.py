@@ -34,7 +34,7 @@ from roomplan_lib.samples.planes import TASK as PLANE_TASK
 from roomplan_lib.samples.views import MIN_BASELINE
 from roomplan_lib.scenes import CATEGORIES, load_depth, load_rgb, path_below
 
-# All keys of a record, see the docstring of `roomplan_lib.samples`; from `description` on those of published annotations.
+# All keys of a record, see the docstring of `roomplan_lib.samples`; from `description` on as published annotations say.
 KEYS = {
     "images", "geom_token", "task", "scene_id", "question", "answer", "instruction", "action_json", "situation",
     "question_id", "object_ids", "view_ids", "split", "source", "answers", "depths", "depth_scale", "depth_K",

@@ -23,6 +23,7 @@ def pixels_in_boxes(scene: Scene, views: list[View]) -> np.ndarray:
     counts = np.zeros((len(views), len(scene.boxes)))
     heights = [box_corners(box)[:, 2] for box in scene.boxes]
     floors = [z.min() + min(FLOOR_MARGIN, np.ptp(z) / 4) for z in heights]
+    reaches = [np.abs(box.rotation) @ (box.extent / 2 + MARGIN) + 1e-6 for box in scene.boxes]  # along the world's axes
     for v, view in enumerate(views):
         if view.depth_path is None:
             raise ValueError(
@@ -32,10 +33,13 @@ def pixels_in_boxes(scene: Scene, views: list[View]) -> np.ndarray:
         depth = view.load_depth()
         points = view_points(view, STRIDE, depth)
         weight = STRIDE**2 * REFERENCE_PIXELS / depth.size
+        points = points[np.argsort(points[:, 0])]
+        x = points[:, 0].copy()
         for b, box in enumerate(scene.boxes):
-            offsets = points - box.center
-            reach = np.linalg.norm(box.extent / 2 + MARGIN)
-            near = points[np.einsum("ni,ni->n", offsets, offsets) <= reach**2]  # most points are not, and cost less
+            # Most points are far from the box, most of them along one axis already.
+            first, last = np.searchsorted(x, box.center[0] + reaches[b][0] * np.array([-1, 1]))
+            near = points[first:last]
+            near = near[np.abs(near[:, 1] - box.center[1]) <= reaches[b][1]]
             counts[v, b] = weight * (points_in_box(near, box, MARGIN) & (near[:, 2] > floors[b])).sum()
     return counts
 
