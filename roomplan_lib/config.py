@@ -165,7 +165,7 @@ class TrainingConfig:
 @dataclass(frozen=True)
 class PredictionConfig:
     num_scenes: int = 0  # held-out scenes, 0 = all
-    max_new_tokens: int = 96
+    max_new_tokens: int = 192  # one anchor held to the grammar needs up to 169, a plan more
     batch_size: int = 64
     controls: tuple[str, ...] = ("blind", "shuffled")
     # Engine that holds actions to the grammar while they are written; what the model writes without it is kept beside.

@@ -488,7 +488,7 @@ def test_missing_and_broken_scans_are_named_or_left_out_on_demand(tmp_path):
     options = ("--qa-file", path, "--scans", tmp_path / "scans", "--workers", 1)
     refused = run("scanqa", *options, "--output", tmp_path / "o.jsonl")
     assert refused.exit_code == 1 and "scene0300_00: not there" in refused.stderr
-    assert "1 of the 3 scans" in refused.stderr and "skip_missing" in refused.stderr
+    assert "1 of the 3 scans" in refused.stderr and "--skip-missing" in refused.stderr
     assert not (tmp_path / "o.jsonl").exists()
     result = run("scanqa", *options, "--output", tmp_path / "o.jsonl", "--skip-missing")
     assert result.exit_code == 0, result.output

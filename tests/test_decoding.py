@@ -366,50 +366,6 @@ def test_sampling_follows_the_model_among_what_is_allowed(engines, tokenizer):
     assert expected.max() == 1
 
 
-LISTS = (("plan_room",), ("list",), ("plan_room", "list", "place_anchor"))
-
-
-@pytest.mark.parametrize("engine_name", ENGINES)
-@pytest.mark.parametrize("codec", ["m2", "cm", "rows"])
-def test_long_lists_end_before_the_tokens_do(engines, tokenizer, engine_name, codec):
-    """Models that never close a list where they have the choice: greedy and sampled, with and without jumps."""
-    engine = engines(engine_name)
-    closing = [i for i in range(len(tokenizer)) if "]" in tokenizer.decode([i])]
-
-    def listing(seed):
-        model = language_model(seed=seed)
-        model.lm_head.register_forward_hook(
-            lambda head, given, logits: logits.index_fill(-1, torch.tensor(closing), -99)
-        )
-        return model
-
-    for seed in range(6):
-        verbs = LISTS[seed % 3]
-        own = ActionGrammar(engine.grammar_kind, verbs, codec=codec)
-        embeddings, mask = prompts(4, seed=seed)
-        validator = jsonschema.Draft202012Validator(json_schema(verbs, None, codec=codec))
-        for budget, settings in (
-            (450, {"jump_forward": bool(seed % 2)}),
-            (700, {"do_sample": True, "generator": torch.Generator().manual_seed(seed)}),
-        ):
-            generation = generate_constrained(
-                listing(seed), embeddings, mask, engine, [own] * 4, max_new_tokens=budget, **settings
-            )
-            assert generation.finished.all() and (generation.num_tokens <= budget).all()
-            if verbs != LISTS[2]:  # what is not a list may end at once
-                assert (generation.num_tokens > budget - 2 * own.longest_item - 10).all()
-            for text in texts(generation, tokenizer):
-                assert not isinstance(parse_action(text, codec=codec), ActionError), text
-                validator.validate(json.loads(text))
-
-
-def test_an_item_is_never_longer_than_the_bound():
-    worst = PlaceAnchor(max(CATEGORIES, key=len), (-19.99,) * 3, (-0.71, -0.71, 0.0), (19.99,) * 3, "", 359, 1.0)
-    for codec in ("m2", "cm"):
-        own = ActionGrammar(verbs=("list",), codec=codec)
-        assert len(format_action(worst, codec)) <= own.longest_item < 2 * len(format_action(worst, "m2"))
-
-
 def test_a_row_that_runs_out_of_tokens_says_so(engines, tokenizer):
     engine, model, (embeddings, mask) = engines("llguidance"), language_model(), prompts(2)
     grammars = [grammar("lark", verbs=("none",)), grammar("lark", verbs=("plan_room",), max_items=20)]
@@ -419,6 +375,136 @@ def test_a_row_that_runs_out_of_tokens_says_so(engines, tokenizer):
         cut = generate_constrained(model, embeddings, mask, engine, grammars, max_new_tokens=limit)
         assert torch.equal(cut.ids, whole.ids[:, :limit]) and cut.num_tokens.tolist() == [limit] * 2
         assert cut.finished.tolist() == [limit == whole.num_tokens[0], limit == whole.num_tokens[1]]
+
+
+# ---------------------------------------------------------------------------- the end within the tokens
+def talkative(tokenizer, seed):
+    """A model that closes no list or plan where it has the choice."""
+    closing = torch.tensor([i for i in range(len(tokenizer)) if "]" in tokenizer.decode([i])])
+    model = language_model(seed=seed)
+    model.lm_head.register_forward_hook(lambda head, given, logits: logits.index_fill(-1, closing, -99))
+    return model
+
+
+LISTS = (("plan_room",), ("list",), ("plan_room", "list", "place_anchor"))
+
+
+@pytest.mark.parametrize("engine_name", ENGINES)
+@pytest.mark.parametrize("codec", ["m2", "cm", "rows"])
+def test_long_lists_end_before_the_tokens_do(engines, tokenizer, engine_name, codec):
+    """Models that never close a list where they have the choice: greedy and sampled, with and without jumps."""
+    engine = engines(engine_name)
+    for seed in range(3):
+        verbs = LISTS[seed % 3]
+        own = ActionGrammar(engine.grammar_kind, verbs, codec=codec)
+        embeddings, mask = prompts(4, seed=seed)
+        validator = jsonschema.Draft202012Validator(json_schema(verbs, None, codec=codec))
+        for budget, settings in (
+            (450, {"jump_forward": bool(seed % 2)}),
+            (700, {"do_sample": True, "generator": torch.Generator().manual_seed(seed)}),
+        ):
+            generation = generate_constrained(
+                talkative(tokenizer, seed), embeddings, mask, engine, [own] * 4, max_new_tokens=budget, **settings
+            )
+            assert generation.finished.all() and (generation.num_tokens <= budget).all()
+            if verbs != LISTS[2]:  # what is not a list may end at once
+                assert (generation.num_tokens > budget - own.num_tokens - 40).all()
+            for text in texts(generation, tokenizer):
+                assert not isinstance(parse_action(text, codec=codec), ActionError), text
+                validator.validate(json.loads(text))
+
+
+def check_whole(generation, tokenizer, schema, codec, budget):
+    """All rows ended within their tokens, and are actions; returns how many items each has."""
+    assert generation.finished.all() and (generation.num_tokens <= budget).all()
+    counts = []
+    for text in texts(generation, tokenizer):
+        action = parse_action(text, codec=codec)
+        assert not isinstance(action, ActionError), (text, action)
+        schema.validate(json.loads(text))
+        counts.append(len(getattr(action, "actions", [action])))
+    return counts
+
+
+@pytest.mark.parametrize("engine_name", ENGINES)
+def test_greedy_plans_of_any_length_end_in_every_budget(engines, tokenizer, engine_name):
+    """Where a plan is complete within a budget, a smaller budget changes nothing before it takes effect."""
+    engine = engines(engine_name)
+    own = ActionGrammar(engine.grammar_kind, ("plan_room",))
+    schema = jsonschema.Draft202012Validator(json_schema(("plan_room",), None))
+    for seed in range(6):
+        model, (embeddings, mask) = talkative(tokenizer, seed), prompts(1, length=3, seed=seed)
+        model.config.max_position_embeddings = 2048
+        found = {}
+        for budget in (300, 1000, None):
+            found[budget] = generate_constrained(model, embeddings, mask, engine, [own], max_new_tokens=budget)
+            counts = check_whole(found[budget], tokenizer, schema, "m2", budget or 2048 - embeddings.shape[1])
+            assert min(counts) > {300: 0, 1000: 5, None: 11}[budget]
+        plain = generate_constrained(model, embeddings, mask, engine, [own], max_new_tokens=300, jump_forward=False)
+        assert torch.equal(plain.ids, found[300].ids) and torch.equal(plain.forced, found[300].forced)
+        assert torch.equal(found[1000].ids[:, :796], found[None].ids[:, :796])  # 204 tokens hold a plan of one item
+
+
+@pytest.mark.parametrize("engine_name", ENGINES)
+def test_a_thousand_lists_and_plans_in_small_budgets_end(engines, tokenizer, engine_name):
+    engine, batch_size, shortened = engines(engine_name), 40, 0
+    for batch in range(27 if engine_name == "llguidance" else 9):
+        codec, verbs = ("m2", "cm", "rows")[batch % 3], LISTS[batch // 3 % 3]
+        scene = None if codec == "rows" else (None, 'a},{"],[', "47333462")[batch // 9]
+        own = ActionGrammar(engine.grammar_kind, verbs, scene, codec=codec)
+        budget = own.num_tokens + (0, 1, 60, 150, 7)[batch % 5]
+        model = talkative(tokenizer, batch) if batch % 2 else language_model(seed=batch)
+        embeddings, mask = prompts(batch_size, seed=batch)
+        generation = generate_constrained(
+            model, embeddings, mask, engine, [own] * batch_size, max_new_tokens=budget, do_sample=True,
+            temperature=1.5, generator=torch.Generator().manual_seed(batch), jump_forward=batch % 4 > 0,
+        )  # fmt: skip
+        schema = jsonschema.Draft202012Validator(json_schema(verbs, scene, codec=codec))
+        shortened += sum(count > 0 for count in check_whole(generation, tokenizer, schema, codec, budget))
+    assert shortened > 100
+
+
+@pytest.mark.parametrize("codec", ["m2", "cm", "rows"])
+def test_a_text_of_one_item_takes_at_most_so_many_bytes(codec):
+    """Against the longest texts written by hand; a byte takes a token at the most, and the end one more."""
+    far = ("-19.99", "19.99") if codec != "cm" else ("-1999", "1999")
+    unit = "-0.60,-0.80,0.00" if codec != "cm" else "-60,-80,0"
+    share = "1.00" if codec != "cm" else "100"
+    anchor = (
+        f'{{"action":"place_anchor","category":"tv_monitor","center":[{far[0]},{far[0]},{far[0]}],"normal":[{unit}],'
+        f'"extent":[{far[1]},{far[1]},{far[1]}],"yaw":359,"confidence":{share}}}'
+    )
+    if codec == "rows":
+        anchor = f'["tv_monitor",{",".join([far[0]] * 3 + [far[1]] * 3)},359,{share}]'
+    plan = f'["plan_room",[{anchor}]]' if codec == "rows" else f'{{"action":"plan_room","actions":[{anchor}]}}'
+    for verb, text in (("place_anchor", anchor), ("list", f"[{anchor}]"), ("plan_room", plan)):
+        own = ActionGrammar(verbs=(verb,), categories=("bed", "tv_monitor"), codec=codec)
+        assert not isinstance(parse_action(text, codec=codec), ActionError) and own.num_tokens == len(text) + 1
+    measure = ActionGrammar(verbs=("measure",)).num_tokens
+    assert measure == len('{"action":"measure","quantity":"distance","from":99,"to":99,"value":999.99}') + 1
+
+
+def test_items_are_counted_outside_of_strings():
+    own, rows = ActionGrammar(), ActionGrammar(codec="rows")
+    for text, count in (
+        ("", 1), ("[", 1), ('[{"action":"remove"', 1), ('[{"action":"remove","target":3}', 1),
+        ('[{"action":"remove","target":3},', 2), ('{"action":"plan_room","scene":"},', 1),
+        ('{"action":"plan_room","scene":"},{\\"},","actions":[{"x":[1],"y"', 1), ('[{"a":1},{"a":2},{"a', 3),
+    ):  # fmt: skip
+        assert own.num_begun(text) == count, text
+    assert rows.num_begun('["plan_room",[["],",1.00],["bed",2.00],[') == 3 and rows.num_begun('["bed",1.00,') == 1
+
+
+@pytest.mark.parametrize("engine_name", ENGINES)
+def test_too_few_tokens_for_one_item_are_refused(engines, engine_name):
+    engine, model, (embeddings, mask) = engines(engine_name), language_model(), prompts(2)
+    plan = ActionGrammar(engine.grammar_kind, ("plan_room",))
+    with pytest.raises(ValueError, match=r"max_new_tokens: 203 may be too few for a plan.*allow at least 204"):
+        generate_constrained(model, embeddings, mask, engine, [None, plan], max_new_tokens=203)
+    generate_constrained(model, embeddings, mask, engine, [None, plan], max_new_tokens=204)
+    other = ActionGrammar("gbnf" if engine.grammar_kind == "lark" else "lark")
+    with pytest.raises(ValueError, match=f"expected a grammar of kind {engine.grammar_kind}"):
+        engine.matchers([other])
 
 
 # ---------------------------------------------------------------------------- confidence

@@ -6,12 +6,14 @@ import json
 import pytest
 
 from roomplan_lib.actions import ActionError, ActionList, NoAction, PlanRoom, parse_action
-from roomplan_lib.evaluation.predict import predict_run, training_grammar, used_language
+from roomplan_lib.actions.decoding import GrammarEngine
+from roomplan_lib.evaluation.predict import Constraint, predict, predict_run, training_grammar, used_language
 from roomplan_lib.evaluation.scores import read_predictions, score_run
 from roomplan_lib.samples import read_samples, sample_root, write_samples
 from roomplan_lib.samples.prepare import prepare_arkitscenes
 from roomplan_lib.samples.targets import response_text, scene_action
-from roomplan_lib.training.run import train
+from roomplan_lib.training.collator import load_samples
+from roomplan_lib.training.run import load_model_folder, make_collator, train
 
 TASKS = ("anchors", "lists", "negatives", "plans")
 
@@ -64,6 +66,30 @@ def test_switching_the_grammar_off_gives_predictions_of_their_own(tiny_config, a
     free = predict_run(config, constrained="none")
     assert free.name == "constrained-none"
     assert all("unconstrained" not in row for row in read_predictions(free / "predictions.jsonl"))
+
+
+def test_too_few_tokens_are_one_error_and_what_is_cut_off_says_so(tiny_config, action_files, capsys):
+    config = run_config(tiny_config, action_files)
+    train(config)
+    with pytest.raises(ValueError, match=r"max_new_tokens: 60 may be too few .* allow at least \d+$"):
+        predict_run(config, max_new_tokens=60)
+    assert not list(config.run_dir.rglob("predictions*.jsonl"))
+    model, tokenizer = load_model_folder(config.run_dir / "model")
+    engine = GrammarEngine(tokenizer, model.language_model.config.vocab_size)
+    samples = load_samples(config.data.eval_paths)[:3]
+    records = [record for file in config.data.train_paths for record in read_samples(file)]
+    own = training_grammar(records, "lark", "m2")
+    rows = {}
+    for limit, given in ((12, own.text()), (own.num_tokens, own)):
+        rows[limit] = predict(
+            model.eval(), tokenizer, make_collator(model, tokenizer), samples, max_new_tokens=limit,
+            constraint=Constraint(engine, given), progress=False,
+        )  # fmt: skip
+    cut, whole = rows.values()
+    for row in cut:
+        assert row["error"] == "cut off after 12 tokens" and row["action"] is None and row["finished"] is False
+    assert "3 of 3 actions were cut off after 12 tokens" in capsys.readouterr().out
+    assert all("error" not in row and row["action"] is not None and row["finished"] is True for row in whole)
 
 
 def test_the_grammar_holds_what_training_uses(action_files):

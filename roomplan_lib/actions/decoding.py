@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import llguidance
 import llguidance.hf
@@ -48,7 +48,6 @@ _JSON_PART = re.compile(
     r'"(?P<key>[^"\\]*)":|(?P<open>[\[{])|(?P<close>[\]}])|"(?P<string>[^"\\]*)"|(?P<number>-?\d[\d.]*)'
 )
 _KEPT = 256  # compiled grammars; scenes or categories that are bound per sample make many
-CLOSING = "]}]<end>"  # what may follow the last item of a list or plan, each character a token at the most
 _SCORED = 64  # tokens whose logits are made float32 at once: 39 MB for Qwen3's
 
 
@@ -80,29 +79,30 @@ class GrammarEngine:
             )
             self._wrapped = xgrammar.GrammarCompiler(info)
 
-    def matchers(self, grammars: Sequence[str | ActionGrammar | None]) -> list[Matcher | None]:
+    def matchers(self, grammars: Sequence[Grammar | None]) -> list[Matcher | None]:
         """One matcher per row, at the start of its grammar; None for a row without grammar, or with engine none.
 
-        Rows with the same text share its compilation. Raises ValueError for a grammar that does not compile.
+        Rows with the same grammar share its compilation. Raises ValueError for a grammar that does not compile, and
+        for a `ActionGrammar` of another kind than the engine's.
         """
-        texts = [grammar.text() if isinstance(grammar, ActionGrammar) else grammar for grammar in grammars]
-        return [None if text is None or self.name == "none" else self._start(text) for text in texts]
+        return [None if grammar is None or self.name == "none" else self._start(grammar) for grammar in grammars]
 
-    def resumed(self, text: str, tokens: Sequence[int]) -> Matcher | None:
-        """A matcher of the grammar behind `tokens`; None where the grammar does not allow them."""
-        matcher = self._start(text)
-        try:
-            for token in tokens:
-                matcher.accept(token)
-        except ValueError:
-            return None
+    def shorter(self, grammar: ActionGrammar, tokens: Sequence[int]) -> Matcher:
+        """A matcher behind `tokens`, of which the grammar's are the first, that lets no further item begin."""
+        begun = grammar.num_begun(self.tokenizer.decode(tokens))
+        matcher = self._start(replace(grammar, max_items=min(begun, grammar.max_items)))
+        for token in tokens:
+            matcher.accept(token)
         return matcher
 
-    def _start(self, grammar: str) -> Matcher:
+    def _start(self, grammar: Grammar) -> Matcher:
+        if isinstance(grammar, ActionGrammar) and grammar.kind != self.grammar_kind:
+            raise ValueError(f"{self.name}: expected a grammar of kind {self.grammar_kind}, got {grammar.kind}")
         if grammar not in self._compiled:
             if len(self._compiled) == _KEPT:
                 self._compiled.clear()
-            self._compiled[grammar] = self._compile(grammar)
+            text = grammar.text() if isinstance(grammar, ActionGrammar) else grammar
+            self._compiled[grammar] = self._compile(text)
         compiled = self._compiled[grammar]
         if self.name == "xgrammar":
             return XGrammarMatcher(compiled, self.tokenizer)
@@ -176,6 +176,7 @@ class XGrammarMatcher:
 
 
 Matcher = LLGuidanceMatcher | XGrammarMatcher
+Grammar = str | ActionGrammar
 
 
 def allowed_tokens(matchers: Sequence[Matcher | None], num_logits: int, device: torch.device | str = "cpu") -> Tensor:
@@ -216,7 +217,7 @@ def generate_constrained(
     inputs_embeds: Tensor,
     attention_mask: Tensor,
     engine: GrammarEngine,
-    grammars: Sequence[str | ActionGrammar | None],
+    grammars: Sequence[Grammar | None],
     *,
     max_new_tokens: int | None = None,
     jump_forward: bool = True,
@@ -233,12 +234,13 @@ def generate_constrained(
     jump_forward: a row's forced tokens pass through the language model together with the token before them. Rows jump
     by different lengths, so the cache has holes, which are masked; positions are counted without them. Without it
     there is one forward pass a token, and the same result.
-    max_new_tokens: None for all that the model has positions for. A row whose grammar is an `ActionGrammar` ends its
-    list or plan when its tokens run short: from then on only the item that it is at, and the end, are allowed. Any
-    other grammar may be cut off; `Generation.finished` tells.
+    max_new_tokens: None for all that the model has positions for. A row with a `ActionGrammar` always ends: once no
+    more tokens are left than one item may take, its plan or list begins no further one. A row whose grammar is a text
+    ends where it is complete, or unfinished where its tokens are used up.
     do_sample, temperature, top_k (0: all), top_p: as in transformers, on what the grammar allows.
-    Raises ValueError when the model's generation_config holds a setting that a grammar excludes, or for jump_forward
-    with layers of other than full attention, where holes would count.
+    Raises ValueError when the model's generation_config holds a setting that a grammar excludes, when max_new_tokens
+    cannot hold one item of a `ActionGrammar`, or for jump_forward with layers of other than full attention, where
+    holes would count.
     """
     matchers = engine.matchers(grammars)
     constrained = any(matcher is not None for matcher in matchers)
@@ -252,6 +254,9 @@ def generate_constrained(
     if max_new_tokens < 1:
         prompt = f"behind a prompt of {inputs_embeds.shape[1]} tokens"
         raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens} {prompt}")
+    rows = [_Row(i, matcher, _bounded(grammars[i], matcher)) for i, matcher in enumerate(matchers)]
+    for bounded in {row.bounded for row in rows} - {None}:
+        bounded.require(max_new_tokens)
     warpers = LogitsProcessorList()
     if do_sample:
         warpers += [TemperatureLogitsWarper(temperature)] if temperature != 1 else []
@@ -260,21 +265,15 @@ def generate_constrained(
 
     eos_token_id, pad_token_id = engine.tokenizer.eos_token_id, engine.tokenizer.pad_token_id
     device = inputs_embeds.device
-    rows = [
-        _Row(i, matcher, grammar if matcher is not None and isinstance(grammar, ActionGrammar) else None)
-        for i, (matcher, grammar) in enumerate(zip(matchers, grammars, strict=True))
-    ]
     active = rows
     positions = attention_mask.sum(1, keepdim=True)  # of each row's next token
     cache = DynamicCache(config=language_model.config)
     num_forward_passes = 0
     while active:
-        for row in active:
-            row.hurry(engine, max_new_tokens)
         # One forward pass over each row's chosen token and the forced ones behind it.
         if jump_forward:
             for row in active:
-                row.jump(max_new_tokens)
+                row.jump(engine, max_new_tokens)
         width, longest = max(len(row.fed) for row in rows), max(len(row.jumped) for row in rows)
         ids = torch.tensor([row.fed + [pad_token_id] * (width - len(row.fed)) for row in rows]).long().to(device)
         lengths = torch.tensor([[len(row.fed)] for row in rows]).to(device)
@@ -308,6 +307,8 @@ def generate_constrained(
         scores = logits[[row.index for row in active], [columns[row.index] for row in active]].float()
         forced = [False] * len(active)
         if constrained:
+            for row in active:
+                row.room(engine, max_new_tokens)
             allowed = allowed_tokens([row.matcher for row in active], scores.shape[-1], device)
             forced = (allowed.sum(1) == 1).tolist()
             scores = scores.masked_fill(~allowed, -math.inf)
@@ -330,11 +331,14 @@ def generate_constrained(
 
 @dataclass(eq=False)
 class _Row:
-    """A row in the making. fed: tokens of its next forward pass, the last ones of them `jumped`, that is forced."""
+    """A row in the making. fed: tokens of its next forward pass, the last ones of them `jumped`, that is forced.
+
+    bounded: the row's grammar, until no further item may begin; None for a text or no grammar.
+    """
 
     index: int
     matcher: Matcher | None
-    grammar: ActionGrammar | None = None  # that can still be made to end sooner
+    bounded: ActionGrammar | None
     fed: list[int] = field(default_factory=list)
     jumped: list[int] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
@@ -343,35 +347,35 @@ class _Row:
     preferred: list[bool] = field(default_factory=list)
     finished: bool = False
 
-    def hurry(self, engine: GrammarEngine, max_new_tokens: int) -> None:
-        """Leaves the grammar no further item once the tokens left are few.
+    def room(self, engine: GrammarEngine, max_new_tokens: int) -> int:
+        """How many tokens may follow until this is to be asked again; before the last ones, no further item may begin.
 
-        One step takes at most the forced rest of an item, so that at least one item and the end still fit.
+        It depends on the tokens alone, so that with and without jumps a grammar is shortened at the same place.
         """
-        if self.grammar is None or not self.grammar.has_lists:
-            return
-        if max_new_tokens - len(self.ids) > 2 * self.grammar.longest_item + len(CLOSING):
-            return
-        text = engine.tokenizer.decode(self.ids)
-        begun = text.count('["') - text.startswith('["') if self.grammar.codec == "rows" else text.count('"action":"')
-        if self.grammar.codec != "rows" and text.startswith('{"action":"plan_room"'):
-            begun -= 1
-        for number in (max(begun, 1), begun + 1):  # behind a comma one more must follow
-            if shorter := engine.resumed(self.grammar.text(number), self.ids):
-                self.matcher = shorter
-                break
-        self.grammar = None
+        left = max_new_tokens - len(self.ids) - len(self.jumped)
+        if self.bounded is None:
+            return left
+        if left > self.bounded.num_tokens:
+            return left - self.bounded.num_tokens
+        self.matcher = engine.shorter(self.bounded, self.ids + self.jumped)
+        self.bounded = None
+        return left
 
-    def jump(self, max_new_tokens: int) -> None:
+    def jump(self, engine: GrammarEngine, max_new_tokens: int) -> None:
         """Moves on over all forced tokens, as far as there is room."""
-        while self.matcher is not None and (forced := self.matcher.forced()):
-            room = max_new_tokens - len(self.ids) - len(self.jumped)
-            if not room:
+        while self.matcher is not None:
+            room = self.room(engine, max_new_tokens)  # first: it may exchange the matcher
+            forced = self.matcher.forced()[:room]
+            if not forced:
                 break
-            for token in forced[:room]:
+            for token in forced:
                 self.matcher.accept(token)
-            self.jumped += forced[:room]
-            self.fed = self.fed + forced[:room]
+            self.jumped += forced
+            self.fed = self.fed + forced
+
+
+def _bounded(grammar: Grammar | None, matcher: Matcher | None) -> ActionGrammar | None:
+    return grammar if isinstance(grammar, ActionGrammar) and matcher is not None else None
 
 
 def _write(places: list[tuple[_Row, int, int]], logits: Tensor, forced: list[bool]) -> None:
@@ -421,13 +425,14 @@ def refuse_excluded(settings: GenerationConfig) -> None:
 class GrammarProcessor(LogitsProcessor):
     """The grammars of a batch for one call of `generate` of transformers, which makes one forward pass a token.
 
-    grammars: as in `GrammarEngine.matchers`; with num_return_sequences k, each k times. Right with `inputs_embeds`,
+    grammars: as in `GrammarEngine.matchers`; with num_return_sequences k, each k times. None is shortened, since how
+    many tokens `generate` may write is not known here. Right with `inputs_embeds`,
     whose input_ids begin with no column, and with prompts of ids. settings: the model's generation_config, with what
     `generate` is called with. Raises ValueError when that excludes a grammar, and for reuse and for beam search, which
     moves rows.
     """
 
-    def __init__(self, engine: GrammarEngine, grammars: Sequence[str | None], settings: GenerationConfig) -> None:
+    def __init__(self, engine: GrammarEngine, grammars: Sequence[Grammar | None], settings: GenerationConfig) -> None:
         self._matchers = engine.matchers(grammars)
         if any(matcher is not None for matcher in self._matchers):
             refuse_excluded(settings)

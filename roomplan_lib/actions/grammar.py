@@ -7,8 +7,10 @@ decode by the JSON Schema in their place: engines differ about ranges with negat
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from roomplan_lib.actions.spec import (
     CATEGORY,
@@ -22,6 +24,7 @@ from roomplan_lib.actions.spec import (
     READ_LIMIT,
     SCENE,
     VERBS,
+    Action,
     ActionField,
     ActionList,
     Number,
@@ -32,7 +35,7 @@ from roomplan_lib.actions.spec import (
     is_direction,
     row_fields,
 )
-from roomplan_lib.actions.text import require_codec, word_text
+from roomplan_lib.actions.text import format_action, require_codec, word_text
 from roomplan_lib.scenes import CATEGORIES
 
 KINDS = ("lark", "gbnf", "json_schema")
@@ -40,6 +43,7 @@ ALL_VERBS = (*VERBS, PlanRoom.verb, ActionList.verb)
 ANY_CATEGORY = ("", *CATEGORIES)  # "": an anchor may leave its category out
 ANY_SCENE = "*"  # any scene id in plain ASCII, or none
 _ANY_TEXT = {"type": "string", "maxLength": MAX_SCENE}
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*("|$)')  # the last one may be unfinished
 
 
 def grammar(
@@ -80,7 +84,10 @@ def grammar(
 
 @dataclass(frozen=True)
 class ActionGrammar:
-    """The arguments of `grammar`, from which a decoder can also have the same language with shorter lists."""
+    """A grammar that can be had for fewer items, so that what is written ends within its tokens.
+
+    The fields are the arguments of `grammar`, with tuples for its sequences. Raises ValueError as `grammar` does.
+    """
 
     kind: str = "lark"
     verbs: tuple[str, ...] = ALL_VERBS
@@ -90,31 +97,66 @@ class ActionGrammar:
     max_items: int = MAX_ITEMS
     items: tuple[str, ...] | None = None
 
+    def __post_init__(self) -> None:
+        _check(self.verbs, self.scene, self.categories, self.codec, self.max_items, self.items)
+
     def text(self, max_items: int | None = None) -> str:
-        """The grammar, of lists and plans with at most `max_items` actions, its own number for None."""
-        number = self.max_items if max_items is None else min(max_items, self.max_items)
-        return grammar(self.kind, self.verbs, self.scene, self.categories, self.codec, number, self.items)
+        """The grammar; with fewer items in a plan or list where `max_items` is given."""
+        max_items = max_items or self.max_items
+        return grammar(self.kind, self.verbs, self.scene, self.categories, self.codec, max_items, self.items)
 
-    @property
-    def has_lists(self) -> bool:
-        return PlanRoom.verb in self.verbs or ActionList.verb in self.verbs
+    @cached_property
+    def num_tokens(self) -> int:
+        """Tokens that hold any text with at most one item and the end of the sequence, whatever the tokenizer.
 
-    @property
-    def longest_item(self) -> int:
-        """Characters, so also tokens at the most, of one action in a list or plan."""
-        verbs = set(self.items or VERBS) & set(VERBS)
-        return max(sum(map(self._longest_field, action_fields(verb))) for verb in verbs) + len('{"action":""},') + 20
+        That is the longest such text in bytes: no token of a text is shorter than a byte.
+        """
+        return max(len(self._longest(verb).encode()) for verb in self.verbs) + 1
 
-    def _longest_field(self, row: ActionField) -> int:
-        if isinstance(row.value, Number):
-            longest = 1 + max(len(f"{bound / 100:.2f}") for bound in (row.value.low, row.value.high))
-        elif row.value is SCENE:
-            longest = MAX_SCENE if self.scene == ANY_SCENE else len(self.scene or "")
-        elif row.value is CATEGORY:
-            longest = max(map(len, self.categories)) if self.categories is not None else MAX_CATEGORY
+    def require(self, max_new_tokens: int) -> None:
+        """Raises ValueError when `max_new_tokens` cannot hold every text of one item."""
+        if max_new_tokens < self.num_tokens:
+            one = "one action" if {PlanRoom.verb, ActionList.verb}.isdisjoint(self.verbs) else "a plan or list of one"
+            raise ValueError(
+                f"max_new_tokens: {max_new_tokens} may be too few for {one}, "
+                f"which takes up to {self.num_tokens}; allow at least {self.num_tokens}"
+            )
+
+    def num_begun(self, text: str) -> int:
+        """How many items a plan or list has that begins with `text`, at least; 1 where that says nothing."""
+        return 1 + _STRING.sub('""', text).count("]," if self.codec == "rows" else "},")
+
+    def _longest(self, verb: str) -> str:
+        scene = "x" * MAX_SCENE if self.scene == ANY_SCENE else self.scene or ""
+        if verb == PlanRoom.verb:
+            items = [_longest_action(item, "", self.categories) for item in self.items or PLAN_VERBS]
+            texts = [format_action(PlanRoom((item,), scene), self.codec) for item in items]
+        elif verb == ActionList.verb:
+            items = [_longest_action(item, scene, self.categories) for item in self.items or VERBS]
+            texts = [format_action(ActionList((item,)), self.codec) for item in items]
         else:
-            longest = max(map(len, row.value.words))
-        return len(f',"{row.key}":""[]') + longest * max(row.count, 1)
+            texts = [format_action(_longest_action(verb, scene, self.categories), self.codec)]
+        return max(texts, key=len)
+
+
+def _longest_action(verb: str, scene: str, categories: Sequence[str] | None) -> Action:
+    """The action of the verb that has the longest text: all its keys, its longest numbers and words."""
+    values = {}
+    for row in action_fields(verb):
+        if row.value is SCENE:
+            value = scene
+        elif row.value is CATEGORY:
+            value = "x" * MAX_CATEGORY if categories is None else max(categories, key=len)
+        elif row.value is COMPONENT:
+            value = (-0.6, -0.8, 0.0)
+        elif isinstance(row.value, Word):
+            value = max(row.value.words, key=len)
+        else:
+            number = max(row.value.low, row.value.high, key=lambda steps: len(str(steps)))
+            number = number if row.value.whole else number / 100
+            value = (number,) * row.count if row.count else number
+        values[row.attribute] = value
+    return VERBS[verb](**values)
 
 
 def json_schema(

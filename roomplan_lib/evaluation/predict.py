@@ -50,7 +50,7 @@ def predict_run(
     The folder is the run's own; with a checkpoint or other settings than the config's it is one below
     `predictions/` that is named after them, so that nothing passes for the run's result that is not.
     Files made by the same weights from the same samples and settings are reused.
-    Raises ValueError when there is nothing to load or the device is not there.
+    Raises ValueError when there is nothing to load, the device is not there, or the tokens cannot hold one action.
     """
     settings = config.prediction
     folder = predictions_folder(config, checkpoint, num_scenes, max_new_tokens, constrained)
@@ -89,6 +89,7 @@ def predict_run(
             engine = GrammarEngine(tokenizer, model.language_model.config.vocab_size, constrained)
             records = (record for file in config.data.train_paths for record in read_samples(file))
             constraint = Constraint(engine, training_grammar(records, engine.grammar_kind, collator.data.codec))
+            constraint.grammar.require(max_new_tokens)
     for name, path in made.items():
         rows = predict(
             model,
@@ -127,10 +128,13 @@ def predictions_folder(
 
 @dataclass(frozen=True, eq=False)
 class Constraint:
-    """What actions are held to while they are written: a grammar, by an engine that knows the tokenizer."""
+    """What actions are held to while they are written: a grammar, by an engine that knows the tokenizer.
+
+    With a `ActionGrammar` every action ends within its tokens; with a grammar's text it may be cut off.
+    """
 
     engine: GrammarEngine
-    grammar: ActionGrammar
+    grammar: ActionGrammar | str
 
 
 @dataclass
@@ -166,7 +170,7 @@ def training_grammar(records: Iterable[dict], kind: str, codec: str) -> ActionGr
     used = used_language(records)
     if not used.verbs:
         raise ValueError("data.train_files hold no action, so there is nothing to constrain; predict without")
-    verbs, items, categories = (tuple(sorted(words)) for words in (used.verbs, used.items, used.categories))
+    verbs, categories, items = (tuple(sorted(part)) for part in (used.verbs, used.categories, used.items))
     return ActionGrammar(kind, verbs, None, categories, codec, used.longest, items or None)
 
 
@@ -194,7 +198,8 @@ def predict(
 
     Rows of action samples also have `action` (None and an `error` where the text is none) and `reference_action`, as
     `action_record` makes them, in the scene's frame. With a constraint they have `confidence` (one per action of the
-    text) and `unconstrained`, what the same model writes without it.
+    text), `unconstrained`, what the same model writes without it, and `finished`; of one that is not, which only a
+    grammar's text allows, `error` says where it was cut off, and a printed line how many there are.
     control: "model" shows each sample its own views, "shuffled" another scene's (of `pool`, or of `samples`), "blind"
     none.
     """
@@ -236,19 +241,16 @@ def predict(
                     max_new_tokens=max_new_tokens,
                 )  # fmt: skip
                 written = tokenizer.batch_decode(generation.ids, skip_special_tokens=True)
-                found = zip(
-                    held, written, confidences(generation, tokenizer), generation.finished.tolist(), strict=True
-                )
-                for k, text, confidence, finished in found:
-                    extra[part[k]] = {"unconstrained": texts[part[k]], "confidence": confidence}
-                    if not finished:
-                        extra[part[k]]["error"] = f"cut off after {max_new_tokens} tokens"
+                finished = generation.finished.tolist()
+                found = confidences(generation, tokenizer)
+                for k, text, confidence, ended in zip(held, written, found, finished, strict=True):
+                    of_row = {"unconstrained": texts[part[k]], "confidence": confidence, "finished": ended}
+                    cut = {"action": None, "error": f"cut off after {max_new_tokens} tokens"}
+                    extra[part[k]] = of_row if ended else of_row | cut
                     texts[part[k]] = text
             bar.update(len(part))
-    if cut := sum("error" in row for row in extra.values()):
-        print(
-            f"{label}: {cut} of {len(extra)} actions were cut off after {max_new_tokens} tokens; raise max_new_tokens"
-        )
+    if num_cut := sum(not row["finished"] for row in extra.values()):
+        print(f"{label}: {num_cut} of {len(extra)} actions were cut off after {max_new_tokens} tokens; allow more")
     codec = collator.data.codec
     categories = used_language(sample.record for sample in samples).categories
     return [_row(i, sample.record, texts[i], codec, categories) | extra.get(i, {}) for i, sample in enumerate(samples)]
