@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	  { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 install"; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { echo "python venv is missing; run: apt-get install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[cpu,export,notebooks,test]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[cpu,distributed,export,notebooks,test]'
 	@$(BIN)/python -m roomplan_lib.system
 	@mkdir -p $(VENV)/etc/jupyter/labconfig && cp notebooks/.page_config.json $(VENV)/etc/jupyter/labconfig/page_config.json
 	@touch $@

@@ -33,6 +33,13 @@ class AugmentationConfig:
 
 
 @dataclass(frozen=True)
+class FeaturesConfig:
+    folder: str = ""  # cache of the frozen encoder's outputs; data/... as in train_files; "" = encode in every step
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # in which the cache keeps them
+    on_missing: Literal["compute", "error"] = "compute"  # a view set that the cache lacks, or holds stale or damaged
+
+
+@dataclass(frozen=True)
 class DataConfig:
     train_files: tuple[str, ...] = ()  # JSONL files of samples; a leading data/ is $ROOMPLAN_DATA where that is set
     train_shares: tuple[float, ...] = ()  # share of the samples drawn from each train file; () = as many as each holds
@@ -42,6 +49,10 @@ class DataConfig:
     visual_first: bool = True  # visual tokens before the question (else after it)
     codec: Literal["m2", "cm", "rows"] = "m2"  # how actions write numbers: metres with 2 decimals, centimetres, rows
     cache_scenes: int = 4096  # decoded view sets kept in memory (uint8), 0 = decode every time
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
+    # Chance of each view but the first to be hidden from resampler and geometry tokens, per training sample. The
+    # encoder still sees it; view sets of other views (`roomplan prepare --view-sets`) vary what that sees.
+    view_dropout: float = 0.0
     num_workers: int = 0  # loader processes
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
 
@@ -53,6 +64,8 @@ class DataConfig:
                 f"data.train_shares: expected one share of at least 0 for each of {len(self.train_files)} train_files, "
                 f"not all 0, got {list(self.train_shares)}"
             )
+        if not 0 <= self.view_dropout < 1:
+            raise ValueError(f"data.view_dropout: expected a chance from 0 to below 1, got {self.view_dropout:g}")
         if not 0 <= self.augmentation.yaw_deg <= 180 or not 0 <= self.augmentation.scale_jitter <= 1:
             raise ValueError(
                 "data.augmentation: expected yaw_deg from 0 to 180 and scale_jitter from 0 to 1, "
@@ -141,6 +154,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
+    # Run name, run folder, model folder or checkpoint whose trained weights this run starts from; "" = none.
+    start_from: str = ""
     max_steps: int = 600  # optimizer steps
     micro_batch_size: int = 48  # samples per process and forward pass
     group_size: int = 12  # samples of one view set that share one encoding; micro_batch_size is a multiple of it
@@ -152,14 +167,25 @@ class TrainingConfig:
     warmup_ratio: float = 0.05
     lr_scheduler: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
     max_grad_norm: float = 1.0
+    explosion_factor: float = 20.0  # a loss above so many times the median of the last 50 stops the run, 0 = never
     bf16: bool = False
     gradient_checkpointing: bool = False  # compute layers again in the backward pass: less memory, more time
     log_every_steps: int = 10
     eval_every_steps: int = 100  # 0 = never
     num_eval_samples: int = 256  # of the held-out samples, for the validation loss
+    num_generated_samples: int = 0  # of those, answered in words and scored at each evaluation
     save_every_steps: int = 100
     keep_checkpoints: int = 2
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """How processes share a run. Nothing here changes what is learned, so a resumed run may change it."""
+
+    strategy: Literal["ddp", "zero3"] = "ddp"  # of more than one process; zero3 = DeepSpeed shards all weights
+    num_processes: int = 1  # on each node; 0 = one per GPU, or 1 without a GPU
+    offload: Literal["none", "optimizer", "all"] = "none"  # zero3: what lies in the host's memory; all = weights too
 
 
 @dataclass(frozen=True)
@@ -180,6 +206,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     prediction: PredictionConfig = field(default_factory=PredictionConfig)
 
     def __post_init__(self) -> None:
@@ -189,6 +216,10 @@ class RunConfig:
         for name in ("max_steps", "micro_batch_size", "group_size", "gradient_accumulation_steps", "log_every_steps"):
             if getattr(training, name) < 1:
                 raise ValueError(f"training.{name}: expected at least 1, got {getattr(training, name)}")
+        if self.distributed.num_processes < 0:
+            raise ValueError(f"distributed.num_processes: expected 0 or more, got {self.distributed.num_processes}")
+        if self.distributed.offload != "none" and self.distributed.strategy != "zero3":
+            raise ValueError("distributed.offload: only strategy zero3 offloads; set it to none")
         if training.micro_batch_size % training.group_size:
             raise ValueError(
                 f"training.micro_batch_size: expected a multiple of group_size {training.group_size}, "

@@ -21,7 +21,7 @@ ALLOWED = {
     "model": {"config", "files", "geometry"},
     "training": {"config", "files", "geometry", "scenes", "actions", "samples", "model"},
     "evaluation": {"config", "files", "geometry", "scenes", "actions", "samples", "model", "training"},
-    "viz": {"geometry", "scenes", "actions", "samples", "files"},
+    "viz": {"geometry", "files", "scenes", "actions", "samples", "evaluation"},
     "download": {"files", "scenes"},
     "export": {"geometry", "files", "scenes", "actions", "viz"},
 }
