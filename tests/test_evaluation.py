@@ -11,7 +11,9 @@ import pytest
 import shapely
 
 from roomplan_lib.actions import (
+    ActionError,
     ActionList,
+    Measure,
     NoAction,
     PlaceAnchor,
     PlaceDoor,
@@ -25,7 +27,9 @@ from roomplan_lib.evaluation.baselines import NOISE_M, TrainingAnswers, most_sim
 from roomplan_lib.evaluation.layout_metrics import floor_polygon
 from roomplan_lib.evaluation.predict import find_weights, first_scenes, other_scenes, predict, predict_run
 from roomplan_lib.evaluation.scores import (
+    ActionAnswer,
     anchor_error,
+    anchor_items,
     read_actions,
     read_predictions,
     score_anchors,
@@ -119,6 +123,8 @@ def test_answers_are_grouped_and_scored_as_papers_do():
     assert scores["em"] == pytest.approx(2 / 3) and scores["em_by_task"] == {"scanqa": 1.0, "sqa3d": 0.5}
     assert scores["by_question_type"]["how"] == {"em": 1.0, "em_refined": 1.0, "num_samples": 1}
     assert scores["published"]["sqa3d"]["leo"]["em"] == 0.5
+    low, high = scores["published"]["sqa3d"]["leo"]["ci95"]["em"]
+    assert (low, high) == (0, 1) and scores["published"]["sqa3d"]["leo"]["num_scenes"] == 2
     assert scores["published"]["scanqa"]["gpt4scene"]["em"] == 1  # "two" stands among the answers as it is
     assert {"bleu_4", "rouge_l", "cider", "em_refined"} <= set(scores["ci95"])
 
@@ -480,6 +486,87 @@ def test_confidences_that_are_no_numbers_are_named(confidence):
     row = {"scene_id": "s", "question": "q", "prediction": "[]", "reference": "[]", "confidence": confidence}
     with pytest.raises(ValueError, match="model row 0: confidence"):
         score_predictions([row])
+
+
+def test_planes_are_scored_in_their_plane():
+    """A floor of 4 x 2 m, turned by 30 degrees, and a wall of 3 x 2 m, each answered half a side too far along."""
+    turn = math.radians(30)
+    along = np.array([math.cos(turn), math.sin(turn), 0])
+    floor = PlaceAnchor("", (1.0, 1.0, -1.5), (0.0, 0.0, 1.0), (4.0, 2.0, 0.01), yaw=30)
+    wall = PlaceAnchor("", (0.0, 3.0, 0.0), (-math.sin(turn), math.cos(turn), 0.0), (0.01, 3.0, 2.0))
+    chair = PlaceAnchor("chair", (0.0, 0.0, 0.0), (1.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+    def shifted(anchor, step):
+        return replace(anchor, center=tuple(np.add(anchor.center, step)))
+
+    def iou(said, true):
+        answer = ActionAnswer({"scene_id": "s"}, "", said, true)
+        return float(anchor_items([answer])["plane_iou"][0])
+
+    assert iou(floor, floor) == pytest.approx(1) and iou(shifted(floor, 2 * along), floor) == pytest.approx(1 / 3)
+    assert iou(wall, wall) == pytest.approx(1) and iou(shifted(wall, 1.5 * along), wall) == pytest.approx(1 / 3)
+    assert iou(shifted(floor, (0, 0, 0.15)), floor) == pytest.approx(1)  # as boxes of 1 cm they share nothing
+    assert iou(shifted(floor, (0, 0, 0.25)), floor) == 0 and iou(floor, wall) == 0 and iou(chair, floor) < 0.3
+    assert iou(ActionError("?"), floor) == 0 and math.isnan(iou(chair, chair))
+    rows = rows_of(("a", format_action(floor), format_action(floor)), ("b", "no", format_action(wall)))
+    scores = score_predictions(rows + rows_of(("b", format_action(chair), format_action(chair))))["anchors"]["model"]
+    assert scores["mean_plane_iou"] == scores["acc_plane50"] == 0.5 and scores["mean_iou_3d"] == pytest.approx(2 / 3)
+    assert "mean_plane_iou" not in score_predictions(rows_of(("b", "no", format_action(chair))))["anchors"]["model"]
+
+
+def test_constant_planes_are_level_or_upright_as_asked():
+    look = {"R": [[1, 0, 0, 0, 0, 1, 0, -1, 0]], "t": [[0, 0, 0]]}  # the reference frame is the scene's own
+
+    def record(anchor):
+        return {
+            "task": "place_plane",
+            "instruction": "Anchor it.",
+            "action_json": json.dumps(action_record(anchor)),
+            "geom_token": look,
+            "scene_id": "s",
+        }
+
+    floors = [PlaceAnchor("", (0.0, 1.0, z), (0.0, 0.0, 1.0), (4.0, 3.0, 0.01), yaw=10) for z in (-1.4, -1.5, -1.6)]
+    walls = [PlaceAnchor("", (x, 2.0, 0.0), (1.0, 0.0, 0.0), (0.01, 3.0, 2.5)) for x in (1.0, 2.0, 4.0)]
+    known = TrainingAnswers([record(anchor) for anchor in floors + walls])
+    floor, wall = known.constant(floors[0]), known.constant(walls[0])
+    assert floor.center == (0.0, 1.0, -1.5) and floor.normal == (0.0, 0.0, 1.0) and floor.extent == (4.0, 3.0, 0.01)
+    assert floor.yaw == 10 and wall.center == (2.0, 2.0, 0.0) and wall.level and wall.extent == (0.01, 3.0, 2.5)
+
+
+def test_measures_have_a_table_of_their_own():
+    """Distances of 2 and 4 m; training knows 1, 3 and 8."""
+
+    def text(value, quantity="distance"):
+        return format_action(Measure(quantity, 0, 1 if quantity == "distance" else None, value))
+
+    look = {"R": [[1, 0, 0, 0, 0, 1, 0, -1, 0]], "t": [[0, 0, 0]]}
+    train = [
+        {
+            "task": "measure",
+            "instruction": f"How far, {v}?",
+            "action_json": text(v),
+            "geom_token": look,
+            "scene_id": "s",
+        }
+        for v in (1.0, 8.0, 3.0)
+    ]
+    rows = rows_of(("a", text(2.1), text(2.0)), ("b", text(4.0, "width"), text(4.0)), ("b", text(1.5), text(1.0)))
+    scores = score_predictions([row | {"question": "How far, 8.0?"} for row in rows], train=train)
+    model = scores["measures"]["model"]
+    assert model["coverage"] == model["within_10pct"] * 2 == pytest.approx(2 / 3) and model["num_scenes"] == 2
+    assert model["relative_error"] == pytest.approx((0.05 + 0.5) / 2) and model["valid_json_rate"] == 1
+    assert scores["measures"]["constant"]["abs_error"] == pytest.approx((1 + 1 + 2) / 3)  # 3 m, whatever is asked
+    assert scores["measures"]["retrieval"]["abs_error"] == pytest.approx((6 + 4 + 7) / 3)
+    assert not set(NOISE_M) & set(scores["measures"]) and model["by_quantity"]["distance"]["num_samples"] == 3
+    assert "Measures: 3 samples of 2 scenes" in scores_table(scores)
+
+
+def test_every_row_is_read_by_its_own_codec():
+    rows = rows_of(("a", anchor((0, 0, 0)), anchor((0, 0, 0))))
+    centimetres = format_action(parse_action(anchor((1, 0, 0))), "cm")
+    rows += [row | {"codec": "cm"} for row in rows_of(("b", f"Here: {centimetres}", centimetres))]
+    assert score_predictions(rows)["language"]["model"]["extra_text_rate"] == 0.5
 
 
 def test_planes_are_told_apart_from_objects():

@@ -191,7 +191,9 @@ def test_sqa3d_test_set_by_type():
     guesses = dict(zip(TYPES, ("white", "no", "one", "yes", "left", "yes"), strict=True))
     guessed = scores(guesses)
     assert [guessed["by_type"][kind]["num_samples"] for kind in TYPES] == [1147, 652, 465, 338, 351, 566]
-    assert round(100 * guessed["em"], 1) == 19.7 and round(100 * guessed["em_refined"], 1) == 20.7
+    assert round(100 * guessed["em"], 1) == 19.7
+    published = score_sqa3d([guesses[kind] for kind in types], [[text] for text in answers], texts, "leo-parity")
+    assert round(100 * published["em_refined"], 1) == 20.7 > 100 * guessed["em_refined"]
     counts = {kind: Counter(a for a, t in zip(answers, types, strict=True) if t == kind) for kind in TYPES}
     best = scores({kind: count.most_common(1)[0][0] for kind, count in counts.items()})
     assert best["em"] == sum(count.most_common(1)[0][1] for count in counts.values()) / 3519 > guessed["em"]

@@ -72,19 +72,21 @@ def test_scores_of_trivial_answers_to_sqa3d(sqa3d):
         scores = totals({k: v for k, v in answer_items([text] * len(answers), answers, protocol).items() if "em" in k})
         return round(100 * scores["em"], 1), round(100 * scores["em_refined"], 1)
 
-    for protocol in ("leo", "leo-parity", "gpt4scene"):
+    for protocol in ("leo-parity", "gpt4scene"):
         assert percent("yes", protocol) == (10.9, 11.0)
         assert percent("e", protocol) == (0.0, 54.5)
     assert percent("", "leo-parity") == (0.0, 100.0)  # as published
-    assert percent("yes", "roomplan-1") == (10.9, 10.9)
-    assert percent("e", "roomplan-1") == (0.0, 0.0)
+    for protocol in ("leo", "roomplan-1"):
+        assert percent("yes", protocol) == (10.9, 10.9)
+        assert percent("e", protocol) == percent("", protocol) == (0.0, 0.0)
 
 
 @needs_sqa3d
-def test_a_list_of_all_words_is_right_to_leo_and_wrong_to_us(sqa3d):
+def test_a_list_of_all_words_is_right_to_leos_scorer_alone(sqa3d):
     answers = [[answer] for _, answer, _, _ in sqa3d][::35]
     vocabulary = " ".join(sorted({answer for _, answer, _, _ in sqa3d}))
-    assert score([vocabulary] * len(answers), answers, "leo", meteor=False)["em_refined"] == 1.0
+    em_refined = {p: score([vocabulary] * len(answers), answers, p, meteor=False)["em_refined"] for p in PROTOCOLS}
+    assert em_refined["leo-parity"] == 1 and em_refined["leo"] == 0
     ours = score([vocabulary] * len(answers), answers, "roomplan-1", meteor=False)
     assert (ours["em"], ours["em_refined"]) == (0, 0) and ours["bleu_1"] < 0.01 and ours["rouge_l"] < 0.01
 
@@ -187,12 +189,12 @@ def em(prediction, references, protocol):
 @pytest.mark.parametrize(
     "prediction, references, leo, gpt4scene, ours",
     [
-        ("no", ["north"], (0, 1), (0, 1), (0, 0)),
-        ("a", ["table"], (0, 1), (0, 1), (0, 0)),
+        ("no", ["north"], (0, 0), (0, 1), (0, 0)),
+        ("a", ["table"], (0, 0), (0, 1), (0, 0)),
         ("", ["table"], (0, 0), (0, 0), (0, 0)),
         ("?!", ["table"], (0, 0), (0, 0), (0, 0)),
         ("brown table", ["brown", "brown table"], (0, 1), (1, 1), (1, 1)),  # LEO stops at the first that fits at all
-        ("yes yes yes", ["yes"], (0, 1), (0, 1), (0, 0)),  # three words for one
+        ("yes yes yes", ["yes"], (0, 0), (0, 1), (0, 0)),  # three words for one
         ("yes yes", ["yes"], (0, 1), (0, 1), (0, 1)),
         ("to the left", ["left"], (0, 1), (0, 1), (0, 1)),
         ("table", ["brown table"], (0, 1), (0, 1), (0, 1)),
@@ -206,6 +208,11 @@ def test_what_counts_as_a_match(prediction, references, leo, gpt4scene, ours):
     assert em(prediction, references, "leo") == leo
     assert em(prediction, references, "gpt4scene") == gpt4scene
     assert em(prediction, references, "roomplan-1") == ours
+
+
+def test_a_reference_that_is_cleaned_away_matches_nothing():
+    assert em("yes", ["?", "yes"], "leo") == (1, 1) and em("yes", ["?!"], "leo") == (0, 0)
+    assert em("yes", ["?", "yes"], "leo-parity") == (0, 1)  # as published: nothing is contained in everything
 
 
 def test_raw_strings_decide_for_scanqa_and_video_3d_llm():
@@ -347,3 +354,15 @@ def test_five_thousand_answers_take_seconds():
     start = time.perf_counter()
     score(texts[:5000], [[text, texts[i]] for i, text in enumerate(texts[5000:])], "roomplan-1", meteor=False)
     assert time.perf_counter() - start < 20
+
+
+@pytest.mark.skipif(find_spec("pycocoevalcap") is None, reason=text_metrics.METEOR_NEEDS)
+@pytest.mark.parametrize("answer", ["", "echo Error: no tables", "while read line; do echo; done"])
+def test_a_failed_meteor_is_skipped_and_said(answer, tmp_path, monkeypatch):
+    """A Java that ends at once, says something else than numbers, or nothing."""
+    (tmp_path / "java").write_text(f"#!/bin/sh\n{answer}\n")
+    (tmp_path / "java").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    scores = score(["brown", "a chair"], [["brown"], ["the chair"]], "roomplan-1")
+    assert "meteor" not in scores and scores["skipped"]["meteor"].startswith("the Java program failed")
+    assert scores["em"] == 1

@@ -24,6 +24,7 @@ from roomplan_lib.actions import (
 )
 from roomplan_lib.actions.executor import RoomState, apply
 from roomplan_lib.actions.text import MAX_TEXT
+from roomplan_lib.evaluation.bootstrap import weighted_mean
 from roomplan_lib.evaluation.box_metrics import match_boxes, mean_of_known
 
 INVALID = "invalid"  # what the confusion table calls a text that is no action
@@ -35,9 +36,9 @@ def language_items(
     texts: Sequence[str],
     predicted: Sequence[Action | ActionList | ActionError],
     true: Sequence[Action | ActionList],
-    codec: str = "m2",
+    codecs: str | Sequence[str] = "m2",
 ) -> dict[str, np.ndarray]:
-    """[N] numbers whose means are scores, NaN where a sample does not count.
+    """[N] numbers whose means are scores, NaN where a sample does not count. codecs: of all texts, or of each.
 
     json_rate: strict JSON with finite numbers. valid_rate: an action of the language. semantic_rate: valid and carried
     out on an empty room without a problem; only what places things is judged. extra_text_rate: no action, but one
@@ -46,7 +47,8 @@ def language_items(
     those that stand where one of their class stands already.
     """
     columns: dict[str, list[float]] = defaultdict(list)
-    for text, action, truth in zip(texts, predicted, true, strict=True):
+    codecs = [codecs] * len(texts) if isinstance(codecs, str) else codecs
+    for text, action, truth, codec in zip(texts, predicted, true, codecs, strict=True):
         valid = not isinstance(action, ActionError)
         problems = _placement_problems(action) if valid else []
         num_items = _num_placed(action)
@@ -107,9 +109,15 @@ def score_measures(predicted: Sequence[Measure | None], true: Sequence[Measure])
     """abs_error (metres or square metres) and relative_error, means over the answers that are measures of the same
     things; coverage, the share of those; within_10pct, within_25pct and delta_125 (ratio below 1.25), shares of all.
 
-    None stands for an answer that is no measure. A true value of 0 has no relative error.
+    None stands for an answer that is no measure. A true value of 0 has no relative error; only 0 is near it.
     """
     _require_pairs(predicted, true)
+    items = measure_items(predicted, true)
+    return {name: weighted_mean(values, np.ones(len(true))) for name, values in items.items()}
+
+
+def measure_items(predicted: Sequence[Measure | None], true: Sequence[Measure]) -> dict[str, np.ndarray]:
+    """[N] numbers whose means `score_measures` tells, NaN where a sample does not count."""
     same = [a if a and _what(a) == _what(b) else None for a, b in zip(predicted, true, strict=True)]
     errors = [None if a is None else abs(a.value - b.value) for a, b in zip(same, true, strict=True)]
     relative = [None if e is None or b.value == 0 else e / b.value for e, b in zip(errors, true, strict=True)]
@@ -121,13 +129,14 @@ def score_measures(predicted: Sequence[Measure | None], true: Sequence[Measure])
         name: [e is not None and e <= share * b.value for e, b in zip(errors, true, strict=True)]
         for name, share in WITHIN.items()
     }
-    return {
-        "abs_error": mean_of_known(errors),
-        "relative_error": mean_of_known(relative),
-        "coverage": mean_of_known([a is not None for a in same]),
-        **{f"within_{name}": mean_of_known(part) for name, part in within.items()},
-        "delta_125": mean_of_known(close),
+    columns = {
+        "abs_error": errors,
+        "relative_error": relative,
+        "coverage": [a is not None for a in same],
+        **{f"within_{name}": part for name, part in within.items()},
+        "delta_125": close,
     }
+    return {name: np.array(values, dtype=np.float64) for name, values in columns.items()}  # None becomes NaN
 
 
 def score_edits(

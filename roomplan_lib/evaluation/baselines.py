@@ -18,6 +18,7 @@ from roomplan_lib.actions import (
     Action,
     ActionError,
     ActionList,
+    Measure,
     PlaceAnchor,
     PlaceWall,
     PlanRoom,
@@ -90,25 +91,34 @@ class TrainingAnswers:
         self.actions = {i: reference_action(r) for i, r in enumerate(self.records) if "action_json" in r}
         single = [action for action in self.actions.values() if isinstance(action, PlaceAnchor)]
         inside = [part for action in self.actions.values() for part in getattr(action, "actions", ())]
-        boxes: dict[str, list[OrientedBox]] = defaultdict(list)
+        boxes: dict[tuple[str, bool], list[OrientedBox]] = defaultdict(list)
         for anchor in single or [part for part in inside if isinstance(part, PlaceAnchor)]:
-            boxes[anchor.category].append(anchor.to_box())
-        self._medians = {label: _median_anchor(part) for label, part in boxes.items()}
-        if boxes:
-            self._medians[""] = _median_anchor([box for part in boxes.values() for box in part])
+            boxes[_kind(anchor)].append(anchor.to_box())
+        self._medians = {kind: _median_anchor(part, level=kind[1]) for kind, part in boxes.items()}
+        everything = [box for part in boxes.values() for box in part]
+        self._median = _median_anchor(everything) if everything else None
+        values: dict[str, list[float]] = defaultdict(list)
+        for action in self.actions.values():
+            if isinstance(action, Measure):
+                values[action.quantity].append(action.value)
+        self._values = {quantity: float(np.median(part)) for quantity, part in values.items()}
         self._plan = _median_plan([action for action in self.actions.values() if isinstance(action, PlanRoom)])
 
     def constant(self, true: Action | ActionList) -> Action | ActionList | None:
         """An action that is the same in every room; None where training had nothing of the kind.
 
-        A single anchor: the median box of the category asked for, or of all where it is unseen. A list: that one box.
-        A plan: the room of median walls, with the median box of every category that most rooms have.
+        A single anchor: the median box of the category asked for, or of all where it is unseen; without a category
+        that of all level planes, or of everything else without one. A list: that one box. A plan: the room of median
+        walls, with the median box of every category that most rooms have. A measure: the median of its quantity.
         """
         if isinstance(true, PlanRoom):
             return self._plan
+        if isinstance(true, Measure):
+            value = self._values.get(true.quantity)
+            return None if value is None else replace(true, value=value)
         parts = true.actions if isinstance(true, ActionList) else (true,)
-        category = next((part.category for part in parts if isinstance(part, PlaceAnchor)), "")
-        anchor = self._medians.get(category, self._medians.get(""))
+        kind = next((_kind(part) for part in parts if isinstance(part, PlaceAnchor)), None)
+        anchor = self._medians.get(kind, self._median)
         return ActionList((anchor,)) if isinstance(true, ActionList) and anchor else anchor
 
     def majority(self, tasks: Sequence[str | None]) -> list[str | None]:
@@ -175,11 +185,19 @@ def _words(situation: str | None, question: str) -> frozenset[str]:
     return frozenset(re.findall(r"\w+", f"{situation or ''} {question}".lower()))
 
 
-def _median_anchor(boxes: Sequence[OrientedBox]) -> PlaceAnchor:
+def _kind(anchor: PlaceAnchor) -> tuple[str, bool]:
+    """What is asked for: the category and, without one, whether a level plane (floor, table top) is."""
+    return anchor.category, not anchor.category and not anchor.level
+
+
+def _median_anchor(boxes: Sequence[OrientedBox], *, level: bool = False) -> PlaceAnchor:
     doubled = np.exp(2j * np.array([box.yaw for box in boxes])).mean()  # a box looks the same after half a turn
     center, extent = (np.median([getattr(box, name) for box in boxes], axis=0) for name in ("center", "extent"))
     median = OrientedBox(center, extent, rotation_z(np.angle(doubled) / 2), boxes[0].label)
-    return quantised(anchor_from_box(median))  # what an answer could say
+    anchor = anchor_from_box(median)
+    if level:
+        anchor = replace(anchor, normal=(0.0, 0.0, 1.0), yaw=round(np.degrees(median.yaw)) % 180)
+    return quantised(anchor)  # what an answer could say
 
 
 def _median_plan(plans: Sequence[PlanRoom]) -> PlanRoom | None:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from roomplan_lib.evaluation.bootstrap import weighted_mean
 from roomplan_lib.geometry import OrientedBox, box_corners, box_iou_3d
@@ -100,6 +99,8 @@ def scaled(box: OrientedBox, factor: float) -> OrientedBox:
 
 def cheapest_pairs(cost: np.ndarray) -> list[tuple[int, int]]:
     """(row, column) of as many pairs as possible at the smallest summed cost (Hungarian); none that costs NO_MATCH."""
+    from scipy.optimize import linear_sum_assignment  # half of the time that importing figures would take
+
     pairs = zip(*linear_sum_assignment(cost), strict=True)
     return [(int(i), int(j)) for i, j in pairs if cost[i, j] < NO_MATCH]
 

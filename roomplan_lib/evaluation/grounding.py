@@ -12,14 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
-from roomplan_lib.evaluation.box_metrics import THRESHOLDS, bounds_iou
+from roomplan_lib.evaluation.box_metrics import THRESHOLDS, bounds_iou, cheapest_pairs
 from roomplan_lib.evaluation.text_metrics import (
     answer_items,
     caption_items,
     check_texts,
     meteor_entry,
+    set_scores,
     tokenize,
     totals,
 )
@@ -112,7 +112,7 @@ def query_f1(predicted: Sequence[OrientedBox], true: Sequence[OrientedBox], leas
     if not predicted or not true:
         return float(not predicted and not true)
     ious = np.array([[bounds_iou(box, other) for other in true] for box in predicted])
-    right = (ious[linear_sum_assignment(-ious)] >= least_iou).sum()
+    right = sum(ious[pair] >= least_iou for pair in cheapest_pairs(-ious))
     return float(2 * right / (len(predicted) + len(true)))
 
 
@@ -156,13 +156,15 @@ def score_scan2cap(
     least_iou: float = 0.5,
     protocol: str = "chat-scene",
     meteor: bool = True,
+    scenes: Sequence[str] | None = None,
 ) -> dict:
     """bleu_1 to bleu_4, rouge_l, cider and, as in `text_metrics.score`, meteor of captions: m@kIoU, k = `least_iou`.
 
     predictions: by object (such as "scene0011_00|3") the caption and the IoU of the box it was made for with the true
-    one. corpus: by object its reference captions. Every object of the corpus counts: one without a caption, or with
-    its box in the wrong place, scores as the empty caption. All captions get the words "sos" and "eos" around them,
-    which score too. Raises ValueError for an unknown protocol, an empty corpus or a prediction for another object.
+    one. corpus: by object its reference captions. scenes: the scene of each object of the corpus, in its order, for
+    `with_intervals`. Every object of the corpus counts: one without a caption, or with its box in the wrong place,
+    scores as the empty caption. All captions get the words "sos" and "eos" around them, which score too.
+    Raises ValueError for an unknown protocol, an empty corpus or a prediction for another object.
     """
     if protocol not in CAPTION_PROTOCOLS:
         raise ValueError(f"protocol: expected one of {', '.join(CAPTION_PROTOCOLS)}, got {protocol!r}")
@@ -176,7 +178,7 @@ def score_scan2cap(
     check_texts(said, list(corpus.values()))
     said = [_framed(rules, caption) for caption in said]
     wanted = [[_framed(rules, caption) for caption in captions] for captions in corpus.values()]
-    result = {**totals(caption_items(said, wanted)), "num_samples": len(said), "protocol": protocol}
+    result = set_scores(caption_items(said, wanted), scenes) | {"protocol": protocol}
     return result | (meteor_entry(said, wanted) if meteor else {})
 
 
@@ -208,7 +210,7 @@ def score_sqa3d(
 
 def group_means(items: dict[str, np.ndarray], groups: Sequence[str]) -> dict[str, dict]:
     """em, em_refined and num_samples of each group of answers, by its name."""
-    names = np.array(groups)
+    names = np.array([str(group) for group in groups])
     return {
         str(name): {
             **{key: float(items[key][names == name].mean()) for key in ("em", "em_refined")},

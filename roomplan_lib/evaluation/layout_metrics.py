@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import shapely
 
-from roomplan_lib.actions import PlaceWall, PlanRoom, canonical
+from roomplan_lib.actions import PlaceAnchor, PlaceWall, PlanRoom, canonical
 from roomplan_lib.evaluation.bootstrap import weighted_mean
 from roomplan_lib.evaluation.box_metrics import (
     NO_MATCH,
@@ -30,6 +30,7 @@ KINDS = ("wall", "door", "window", "opening")
 SAME_PLANE_DEG, SAME_PLANE_M = 5.0, 0.2  # how far the planes of two rectangles may be turned and apart (SpatialLM)
 CORNER_DISTANCES = {"10cm": 0.1, "25cm": 0.25, "50cm": 0.5}
 CORNER_REACH = 1.0  # metres; corners farther apart are not each other's
+PLANE_M = 0.05  # metres; an anchor without a category that is thinner marks a plane
 SAME_CORNER = 0.05  # metres within which the ends of two walls are one corner
 
 
@@ -51,6 +52,21 @@ def layout_rectangles(plan: PlanRoom) -> tuple[list[OrientedBox], list[int | Non
         boxes.append(item.to_box(walls[item.wall]) if known else OrientedBox(item.center, (0, 0, 0), label=kind))
         hosts.append(item.wall if known else -1)
     return boxes, hosts
+
+
+def is_plane(anchor: PlaceAnchor) -> bool:
+    """Whether an anchor marks a plane: it has no category and is thin one way."""
+    return not anchor.category and min(anchor.extent) < PLANE_M
+
+
+def plane_rectangle(anchor: PlaceAnchor) -> OrientedBox:
+    """The plane that an anchor marks, axes as in `layout_rectangles`: along it, its normal, and the other way along.
+
+    A normal within 60 degrees of the vertical is that of a level plane, any other that of an upright one.
+    """
+    box = anchor.to_box()
+    axes, signs = ([1, 0, 2], [-1, 1, 1]) if anchor.level else ([0, 2, 1], [1, 1, -1])
+    return OrientedBox(box.center, box.extent[axes], box.rotation[:, axes] * signs)
 
 
 def same_plane(predicted: OrientedBox, true: OrientedBox, *, spatiallm_compat: bool = False) -> bool:

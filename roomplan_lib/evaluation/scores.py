@@ -15,6 +15,7 @@ from roomplan_lib.actions import (
     Action,
     ActionError,
     ActionList,
+    Measure,
     NoAction,
     PlaceAnchor,
     PlanRoom,
@@ -22,7 +23,7 @@ from roomplan_lib.actions import (
 )
 from roomplan_lib.config import RunConfig
 from roomplan_lib.evaluation import CONTROLS, predictions_file, read_manifest
-from roomplan_lib.evaluation.action_metrics import confusion, language_items
+from roomplan_lib.evaluation.action_metrics import confusion, language_items, measure_items
 from roomplan_lib.evaluation.baselines import NOISE_M, TrainingAnswers, moved, quantised
 from roomplan_lib.evaluation.bootstrap import weighted_mean, weighted_median, with_intervals
 from roomplan_lib.evaluation.box_metrics import (
@@ -37,8 +38,8 @@ from roomplan_lib.evaluation.box_metrics import (
     set_items,
 )
 from roomplan_lib.evaluation.grounding import group_means, query_f1, score_scan2cap
-from roomplan_lib.evaluation.layout_metrics import layout_items
-from roomplan_lib.evaluation.text_metrics import PROTOCOLS, answer_items, meteor_entry, token_strings, totals
+from roomplan_lib.evaluation.layout_metrics import is_plane, layout_items, plane_rectangle, rectangle_iou
+from roomplan_lib.evaluation.text_metrics import PROTOCOLS, answer_items, meteor_entry, set_scores, token_strings
 from roomplan_lib.evaluation.text_metrics import score as score_texts
 from roomplan_lib.files import write_whole
 from roomplan_lib.geometry import OrientedBox
@@ -49,8 +50,8 @@ QA_PROTOCOL = "roomplan-1"
 CAPTION_PROTOCOL = "chat-scene"
 # What papers report on these benchmarks, scored beside our own protocol.
 PUBLISHED = {
-    "scanqa": ("scanqa-official", "leo", "gpt4scene", "v3dllm"),
-    "sqa3d": ("leo", "gpt4scene"),
+    "scanqa": ("scanqa-official", "leo", "leo-parity", "gpt4scene", "v3dllm"),
+    "sqa3d": ("leo", "leo-parity", "gpt4scene"),
 }
 PROTOCOL_TEXTS = {
     "anchors": "place-anchor-1: one upright box per instruction, metres; invalid text has IoU 0 and no centre error",
@@ -58,6 +59,7 @@ PROTOCOL_TEXTS = {
     "text is an empty list",
     "plans": "plan-room-1: walls, doors and windows matched in their planes, furniture as boxes; invalid text is an "
     "empty plan",
+    "measures": "measures-1: the value of a measure of the right things; any other answer is not near",
     "language": "actions-1: strict JSON, the action language, and whether a program can carry it out",
     "qa": f"{QA_PROTOCOL}: {PROTOCOLS[QA_PROTOCOL].description}",
     "captions": f"{CAPTION_PROTOCOL}: Scan2Cap's captions of given boxes, with its sos and eos, PTB tokens",
@@ -85,7 +87,7 @@ class ActionAnswer:
             return "lists"
         if isinstance(self.true, ActionList):
             return "lists" if all(isinstance(part, PlaceAnchor) for part in self.true.actions) else None
-        return {PlaceAnchor: "anchors", PlanRoom: "plans"}.get(type(self.true))
+        return {PlaceAnchor: "anchors", PlanRoom: "plans", Measure: "measures"}.get(type(self.true))
 
     def boxes(self) -> tuple[list[OrientedBox], list[OrientedBox]]:
         """The boxes that were placed and those that should have been."""
@@ -122,8 +124,9 @@ def score_run(config: RunConfig, folder: Path | None = None) -> dict:
 
 def read_predictions(path: str | Path) -> list[dict]:
     """Rows of a predictions file. Raises ValueError with file and line for one that is cut off or lacks a key."""
-    rows = []
-    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+    rows, data = [], Path(path).read_bytes()
+    # Line feeds alone end a row: texts may hold other signs that end a line, such as U+2028.
+    for number, line in enumerate(data.removesuffix(b"\n").split(b"\n") if data else [], 1):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -145,6 +148,9 @@ def check_row(row: dict, where: str) -> None:
     answers = row.get("answers", [])
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
         raise ValueError(f"{where}: answers: expected a list of texts, got {answers!r:.80}")
+    view_ids = row.get("view_ids")
+    if view_ids is not None and not (isinstance(view_ids, list) and all(isinstance(name, str) for name in view_ids)):
+        raise ValueError(f"{where}: view_ids: expected a list of texts, got {view_ids!r:.80}")
     confidence = row.get("confidence", [])
     if not isinstance(confidence, list) or not all(
         type(value) in (int, float) and math.isfinite(value) for value in confidence
@@ -166,7 +172,8 @@ def score_predictions(
     controls: the same rows as "blind" or "shuffled" answered them. train: the training records, for baselines.
 
     Sections, those that have rows: `anchors` (one box asked for), `lists` (several, or Multi3DRefer), `plans`,
-    `language` (all actions as text), `qa`, `captions` (Scan2Cap), and `protocols`, what each means.
+    `measures`, `language` (all actions as text), `qa`, `captions` (Scan2Cap), and `protocols`, what each means. Edits
+    of a room are scored as text alone: a row does not hold the room that `action_metrics.score_edits` needs.
     Who: model; unconstrained (what the model writes without the grammar), blind, shuffled; constant and majority (the
     same answer whatever the room), retrieval (the answer of the training sample with the most similar words);
     noise_5cm, _10cm, _20cm (the truth moved by as much) and quantised (the truth as text has it).
@@ -194,7 +201,8 @@ def score_predictions(
     if actions:
         actions |= action_baselines(known, actions["model"])
         sections["language"] = {name: score_language(part) for name, part in actions.items()}
-        for section, measure in (("anchors", score_anchors), ("lists", score_lists), ("plans", score_plans)):
+        scorers = {"anchors": score_anchors, "lists": score_lists, "plans": score_plans, "measures": score_measured}
+        for section, measure in scorers.items():
             parts = {name: [answer for answer in part if answer.section == section] for name, part in actions.items()}
             sections[section] = {name: measure(part) for name, part in parts.items() if part}
     texts = {name: [row for row in part if _references(row)] for name, part in text_rows.items()}
@@ -253,19 +261,23 @@ def anchor_items(answers: Sequence[ActionAnswer]) -> dict[str, np.ndarray]:
     single anchor) and right_category. What is no single anchor has IoUs of 0 and NaN for every error.
 
     scaled_iou_3d, scaled_center_error_m: after one factor on all lengths of a scene that brings its predicted centers
-    nearest to the true ones, since the views alone may not tell the scale.
+    nearest to the true ones, since the views alone may not tell the scale. plane_iou: `rectangle_iou` where the
+    truth is a plane, else NaN.
     """
     factors = _scale_factors(answers)
     columns: dict[str, list[float]] = defaultdict(list)
     for answer in answers:
         row = dict.fromkeys(ERRORS, math.nan) | {"iou_3d": 0.0, "iou_bounds": 0.0, "scaled_iou_3d": 0.0}
         row |= {"valid": not isinstance(answer.action, ActionError), "answered": False, "right_category": False}
+        row["plane_iou"] = 0.0 if is_plane(answer.true) else math.nan
         if isinstance(answer.action, PlaceAnchor):
             box, true = answer.action.to_box(), answer.true.to_box()
             aligned = box_errors(scaled(box, factors[answer.scene_id]), true)
             normal = normal_error_deg(answer.action.normal, answer.true.normal, directed=not answer.true.level)
             row |= box_errors(box, true) | {"normal_error_deg": normal, "answered": True}
             row |= {"scaled_iou_3d": aligned["iou_3d"], "scaled_center_error_m": aligned["center_error_m"]}
+            if is_plane(answer.true):
+                row["plane_iou"] = rectangle_iou(plane_rectangle(answer.action), plane_rectangle(answer.true))
             row["right_category"] = answer.action.category == answer.true.category
         for name, value in row.items():
             columns[name].append(float(value))
@@ -284,9 +296,13 @@ def score_anchors(answers: Sequence[ActionAnswer]) -> dict:
     Over all: mean_iou_3d, acc_iou25, acc_iou50, mean_iou_bounds, acc_bounds25, acc_bounds50 (axis-aligned),
     within_10cm, _25cm, _50cm, _1m (of the center), category_accuracy, valid_json_rate, answered_rate (is a single
     anchor). Over the answered: medians of the center's error and its horizontal and vertical part, means of the other
-    errors. scaled_...: the same after one scale per scene. by_eval_type and by_task where rows have one.
+    errors. scaled_...: the same after one scale per scene. Over true planes, where there are any: mean_plane_iou,
+    acc_plane25, acc_plane50. by_eval_type and by_task where rows have one.
     """
     items = anchor_items(answers)
+    planes = items["plane_iou"]
+    reached = {f"acc_plane{p}": np.where(np.isnan(planes), np.nan, planes >= p / 100) for p in (25, 50)}
+    of_planes = {} if np.isnan(planes).all() else {"mean_plane_iou": planes, **reached}
 
     def measure(weights: np.ndarray) -> dict[str, float | None]:
         def mean(values: np.ndarray) -> float | None:
@@ -313,6 +329,7 @@ def score_anchors(answers: Sequence[ActionAnswer]) -> dict:
             "scaled_median_center_error_m": weighted_median(items["scaled_center_error_m"], weights),
             "scaled_mean_iou_3d": mean(items["scaled_iou_3d"]),
             "scaled_acc_iou25": mean(_reached(items["scaled_iou_3d"], 0.25)),
+            **{name: mean(values) for name, values in of_planes.items()},
         }
 
     result = with_intervals(measure, [answer.scene_id for answer in answers])
@@ -368,11 +385,26 @@ def score_plans(answers: Sequence[ActionAnswer]) -> dict:
     return result | {f"object_{name}": value for name, value in _ranked(answers).items()}
 
 
+def score_measured(answers: Sequence[ActionAnswer]) -> dict:
+    """What `score_measures` tells of measures, with `ci95`, num_samples, num_scenes, valid_json_rate; by_quantity."""
+    items = measure_items(
+        [answer.action if isinstance(answer.action, Measure) else None for answer in answers],
+        [answer.true for answer in answers],
+    )
+    items["valid_json_rate"] = _valid(answers)
+
+    def measure(weights: np.ndarray) -> dict[str, float | None]:
+        return {name: weighted_mean(values, weights) for name, values in items.items()}
+
+    result = with_intervals(measure, [answer.scene_id for answer in answers])
+    return result | _grouped("by_quantity", [answer.true.quantity for answer in answers], measure)
+
+
 def score_language(answers: Sequence[ActionAnswer]) -> dict:
     """Means of `language_items` with `ci95`, num_samples, num_scenes; `confusion` of verbs, mean_characters."""
     parts = [answer.action for answer in answers], [answer.true for answer in answers]
     texts = [answer.text for answer in answers]
-    items = language_items(texts, *parts, codec=answers[0].row.get("codec", "m2"))
+    items = language_items(texts, *parts, codecs=[answer.row.get("codec", "m2") for answer in answers])
 
     def measure(weights: np.ndarray) -> dict[str, float | None]:
         return {name: weighted_mean(values, weights) for name, values in items.items()}
@@ -384,7 +416,8 @@ def score_language(answers: Sequence[ActionAnswer]) -> dict:
 def action_baselines(known: TrainingAnswers, answers: Sequence[ActionAnswer]) -> dict[str, list[ActionAnswer]]:
     """The same rows answered by constant, retrieval, the truth with noise, and the truth as text has it.
 
-    A row that a baseline has no answer to is left out of it; refusals only have the first two.
+    A row that a baseline has no answer to is left out of it; refusals only have the first two, measures no noise.
+    Retrieval takes of a measure the value: what it is measured between is another room's.
     """
     found = known.retrieved([answer.row for answer in answers], is_action=True)
     rng = np.random.default_rng(0)
@@ -393,10 +426,13 @@ def action_baselines(known: TrainingAnswers, answers: Sequence[ActionAnswer]) ->
         if (action := known.constant(answer.true)) is not None:
             result["constant"].append(replace(answer, action=action))
         if place is not None:
-            result["retrieval"].append(replace(answer, action=known.actions[place]))
+            found_action = known.actions[place]
+            if isinstance(found_action, Measure) and isinstance(answer.true, Measure):
+                found_action = replace(answer.true, value=found_action.value)
+            result["retrieval"].append(replace(answer, action=found_action))
         if isinstance(answer.true, NoAction):
             continue
-        for name, distance in NOISE_M.items():
+        for name, distance in NOISE_M.items() if not isinstance(answer.true, Measure) else ():
             result[name].append(replace(answer, action=moved(answer.true, distance, rng)))
         if "reference_action" in answer.row:
             true = parse_action(json.dumps(answer.row["reference_action"]), None)
@@ -476,11 +512,11 @@ def score_answers(rows: Sequence[dict], protocol: str = QA_PROTOCOL, *, meteor: 
 
     meteor: that too, without an interval; see `text_metrics.meteor_entry`.
     em_by_task; by_question_type and by_eval_type where rows have one (em, em_refined, num_samples); published: of each
-    benchmark among the sources the scores under the protocols of papers, see PUBLISHED.
+    benchmark among the sources the scores under the protocols of papers, see PUBLISHED, with `ci95` too.
     """
     said, wanted = [row["prediction"] for row in rows], [_references(row) for row in rows]
-    items = answer_items(said, wanted, protocol)
-    result = with_intervals(lambda weights: totals(items, weights), [row["scene_id"] for row in rows])
+    items, scenes = answer_items(said, wanted, protocol), [row["scene_id"] for row in rows]
+    result = set_scores(items, scenes)
     tasks = group_means(items, [row.get("task", "qa") for row in rows])
     result |= {"protocol": protocol, "em_by_task": {name: part["em"] for name, part in tasks.items()}}
     result |= meteor_entry(*token_strings(said, wanted, protocol)) if meteor else {}
@@ -493,20 +529,22 @@ def score_answers(rows: Sequence[dict], protocol: str = QA_PROTOCOL, *, meteor: 
     for source, protocols in PUBLISHED.items():
         kept = [i for i, row in enumerate(rows) if row.get("source") == source]
         if kept:
-            texts = [said[i] for i in kept], [wanted[i] for i in kept]
-            published[source] = {name: score_texts(*texts, name, meteor=False) for name in protocols}
+            columns = [[column[i] for i in kept] for column in (said, wanted, scenes)]
+            published[source] = {
+                name: score_texts(*columns[:2], name, meteor=False, scenes=columns[2]) for name in protocols
+            }
     return result | ({"published": published} if published else {})
 
 
 def score_captions(rows: Sequence[dict], *, meteor: bool = False) -> dict:
-    """Scan2Cap's scores of captions of given boxes; num_samples, num_scenes.
+    """Scan2Cap's scores of captions of given boxes with `ci95`; num_samples, num_scenes.
 
     The box being given, its IoU is 1, so these are the scores at any k.
     """
     said = {str(i): (row["prediction"], 1.0) for i, row in enumerate(rows)}
     corpus = {str(i): _references(row) for i, row in enumerate(rows)}
-    scores = score_scan2cap(said, corpus, protocol=CAPTION_PROTOCOL, meteor=meteor)
-    return scores | {"num_scenes": len({row["scene_id"] for row in rows})}
+    scenes = [row["scene_id"] for row in rows]
+    return score_scan2cap(said, corpus, protocol=CAPTION_PROTOCOL, meteor=meteor, scenes=scenes)
 
 
 def text_baselines(known: TrainingAnswers, rows: Sequence[dict]) -> dict[str, list[dict]]:

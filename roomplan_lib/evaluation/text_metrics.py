@@ -17,6 +17,8 @@ from importlib.util import find_spec
 
 import numpy as np
 
+from roomplan_lib.evaluation.bootstrap import with_intervals
+
 MAX_ORDER = 4  # longest n-gram of BLEU and CIDEr
 ROUGE_BETA = 1.2  # weight of recall against precision
 CIDER_SIGMA = 6.0  # tokens of difference in length that cost CIDEr-D 39 %
@@ -105,8 +107,13 @@ def match_words(answer: str, references: Sequence[str]) -> tuple[bool, bool]:
 
 
 def match_in_order_guarded(answer: str, references: Sequence[str]) -> tuple[bool, bool]:
-    """`match_in_order`, but an empty answer is wrong."""
-    return match_in_order(answer, references) if answer.strip() else (False, False)
+    """Exact as `match_in_order`, refined by the words of `match_words`; empty answers and references match nothing."""
+    references = [reference for reference in references if reference.strip()]
+    if not answer.strip() or not references:
+        return False, False
+    exact, _ = match_in_order(answer, references)
+    words, *wanted = (" ".join(text.split()) for text in (answer, *references))
+    return exact, exact or match_words(words, wanted)[1]
 
 
 def match_raw_guarded(answer: str, references: Sequence[str]) -> tuple[bool, bool]:
@@ -236,8 +243,9 @@ PROTOCOLS = {
         tokenize,
     ),
     "leo": Protocol(
-        "LEO's scorer: both sides cleaned, the first reference that equals, contains or is contained in the answer "
-        "decides, no tokenizer; one departure: an empty answer is wrong (see leo-parity)",
+        "LEO's em: both sides cleaned, the first reference that equals, contains or is contained in the answer "
+        "decides, no tokenizer; em_refined by whole words, as roomplan-1 has it; an empty answer is wrong (as "
+        "published: leo-parity)",
         clean_answer,
         clean_answer,
         match_in_order_guarded,
@@ -245,7 +253,7 @@ PROTOCOLS = {
         clean_answer,
     ),
     "leo-parity": Protocol(
-        "LEO's scorer to the digit, where an empty answer is contained in every reference: em_refined 1",
+        "LEO's scorer to the digit: em_refined where one text contains the other, letters of a word and nothing too",
         clean_answer,
         clean_answer,
         match_in_order,
@@ -282,18 +290,23 @@ PROTOCOLS = {
 
 
 def score(
-    predictions: Sequence[str], references: Sequence[Sequence[str]], protocol: str, *, meteor: bool = True
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    protocol: str,
+    *,
+    meteor: bool = True,
+    scenes: Sequence[str] | None = None,
 ) -> dict:
     """em, em_refined, bleu_1 to bleu_4, rouge_l (fractions) and cider (as pycocoevalcap prints it) of all answers.
 
     predictions: [N] texts. references: [N] lists of at least one text. protocol: a key of PROTOCOLS, returned too.
-    num_samples is N. meteor is there where Java and the package pycocoevalcap are and `meteor` is true; else `skipped`
-    says why it is not. CIDEr weighs n-grams by how many samples of this very set have them, so a part of a set scores
-    differently, and a single sample scores 0.
+    num_samples is N. scenes: [N] the scene of each, for `with_intervals`. meteor is there where Java and the package
+    pycocoevalcap are and `meteor` is true; else `skipped` says why it is not. CIDEr weighs n-grams by how many samples
+    of this very set have them, so a part of a set scores differently, and a single sample scores 0.
     Raises ValueError for an unknown protocol, no samples, lengths that differ, no reference or anything but text.
     """
     items = answer_items(predictions, references, protocol)
-    result = {**totals(items), "num_samples": len(predictions), "protocol": protocol}
+    result = set_scores(items, scenes) | {"protocol": protocol}
     return result | (meteor_entry(*token_strings(predictions, references, protocol)) if meteor else {})
 
 
@@ -344,11 +357,18 @@ def totals(items: dict[str, np.ndarray], weights: np.ndarray | None = None) -> d
     return result
 
 
+def set_scores(items: dict[str, np.ndarray], scenes: Sequence[str] | None = None) -> dict:
+    """`totals` of the items with num_samples; where the scene of each sample is given, `with_intervals` of them."""
+    if scenes is None:
+        return totals(items) | {"num_samples": len(next(iter(items.values())))}
+    return with_intervals(lambda weights: totals(items, weights), scenes)
+
+
 METEOR_NEEDS = "needs `java` on the PATH and the package pycocoevalcap"
 
 
 def meteor_entry(said: Sequence[str], wanted: Sequence[Sequence[str]]) -> dict:
-    """{"meteor": METEOR 1.5 of token strings by pycocoevalcap}, or {"skipped": {"meteor": what is missing}}.
+    """{"meteor": METEOR 1.5 of token strings by pycocoevalcap}, or {"skipped": {"meteor": what is missing or failed}}.
 
     Java takes some 20 s to load its tables.
     """
@@ -359,10 +379,18 @@ def meteor_entry(said: Sequence[str], wanted: Sequence[Sequence[str]]) -> dict:
     def one_line(text: str) -> str:  # the program reads lines, and a line too many leaves both sides waiting
         return " ".join(text.split())
 
-    value, _ = Meteor().compute_score(
-        {i: list(map(one_line, texts)) for i, texts in enumerate(wanted)},
-        {i: [one_line(text)] for i, text in enumerate(said)},
-    )
+    scorer = Meteor()
+    try:
+        value, _ = scorer.compute_score(
+            {i: list(map(one_line, texts)) for i, texts in enumerate(wanted)},
+            {i: [one_line(text)] for i, text in enumerate(said)},
+        )
+    except (ValueError, OSError) as error:  # Java ended, or wrote something else than numbers
+        return {"skipped": {"meteor": f"the Java program failed: {error!s:.200}"}}
+    finally:  # its destructor waits for the lock that an error leaves taken
+        scorer.meteor_p.kill()
+        if scorer.lock.locked():
+            scorer.lock.release()
     return {"meteor": float(value)}
 
 
