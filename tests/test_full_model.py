@@ -72,11 +72,13 @@ from roomplan_lib.model.geometry_tokens import RECORD_WIDTH, normalise_records, 
 from roomplan_lib.model.resampler import PerceiverResampler, ReferenceResampler, build_resampler
 from roomplan_lib.model.vggt import VGGT, VGGTConfig
 from roomplan_lib.model.vlm import IGNORE_INDEX, RoomPlanConfig, RoomPlanVLM, build_model, parameter_table
+from roomplan_lib.training.checkpoint import list_checkpoints
 from roomplan_lib.training.collator import Collator, Sample, load_samples
+from roomplan_lib.training.metrics import read_metrics
 from roomplan_lib.training.prompt import prompt_text
 from roomplan_lib.training.run import load_model_folder, make_tokenizer, train
 from roomplan_lib.training.tokenizer import IMAGE_TOKEN, load_tokenizer, train_tokenizer
-from roomplan_lib.training.trainer import list_checkpoints, parameter_groups, read_metrics
+from roomplan_lib.training.trainer import parameter_groups
 
 QWEN3_4B = {  # config.json of Qwen/Qwen3-4B-Instruct-2507
     "model_type": "qwen3",

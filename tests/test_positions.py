@@ -28,8 +28,9 @@ from roomplan_lib.model.vggt import cameras_to_pose_encoding
 from roomplan_lib.model.vlm import RoomPlanVLM
 from roomplan_lib.training import collator as collator_module
 from roomplan_lib.training.collator import load_samples, patch_coordinates
+from roomplan_lib.training.metrics import read_metrics
 from roomplan_lib.training.run import make_collator, make_model, make_tokenizer, train
-from roomplan_lib.training.trainer import RoomPlanTrainer, parameter_groups, read_metrics
+from roomplan_lib.training.trainer import RoomPlanTrainer, parameter_groups
 
 K = np.array([[50.0, 0, 26], [0, 50, 18], [0, 0, 1]])
 

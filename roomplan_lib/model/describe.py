@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from roomplan_lib.config import RESAMPLER_PRESETS, ResamplerConfig
+from roomplan_lib.config import RESAMPLER_PRESETS, FeaturesConfig, ResamplerConfig
+from roomplan_lib.model.features import entry_bytes, heads_of
 from roomplan_lib.model.geometry_tokens import RECORD_WIDTH
 from roomplan_lib.model.positions import VGGT_HEADS
 from roomplan_lib.model.resampler import build_resampler
@@ -157,8 +158,13 @@ def describe(
     image_size: int | tuple[int, int] = 448,
     num_text_tokens: int = 72,
     num_response_tokens: int = 16,
+    features: FeaturesConfig | None = None,
+    num_view_sets: int = 0,
 ) -> None:
-    """Prints the model's card: parameters per part, tokens, FLOPs and memory of one sample. See `model_card`."""
+    """Prints the model's card: parameters per part, tokens, FLOPs and memory of one sample. See `model_card`.
+
+    With `features` that name a folder also what the cache saves and takes, for `num_view_sets` of this size.
+    """
     card = model_card(model, num_views, image_size, num_text_tokens, num_response_tokens)
     size = f"{image_size} x {image_size}" if isinstance(image_size, int) else f"{image_size[0]} x {image_size[1]}"
     print(f"{num_views} views of {size} pixels")
@@ -180,6 +186,34 @@ def describe(
         f"memory, estimated, training on one sample: {sum(memory.values()) / GIB:.2f} GiB = "
         + " + ".join(f"{name} {value / GIB:.2f}" for name, value in memory.items())
     )
+    if features and features.folder:
+        cached = cache_card(model, num_views, image_size, features.dtype)
+        live, without = cached["live_flops"] / 1e12, cached["cached_flops"] / 1e12
+        print(
+            f"feature cache: once a view set is encoded, training on a sample takes {without:.4f} TFLOP in place of "
+            f"{live:.4f}, {live / without:.1f} times less"
+        )
+        stored = f"  {cached['set_bytes'] / 1e6:,.2f} MB per view set in {features.dtype}"
+        whole = f", {num_view_sets * cached['set_bytes'] / 1e9:,.2f} GB for {num_view_sets:,}" if num_view_sets else ""
+        print(stored + whole)
+
+
+def cache_card(
+    model: RoomPlanVLM, num_views: int, image_size: int | tuple[int, int], dtype: str, group_size: int = 1
+) -> dict:
+    """What the feature cache changes for one sample: training FLOPs live and cached, bytes per view set.
+
+    group_size: samples that share one encoding of their views, and one pass of the resampler and geometry tokens.
+    """
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    flops = model_card(model, num_views, size)["train_flops"]
+    shared = sum(flops[part] for part in ("positions", "resampler", "geometry_encoder")) / group_size
+    taps = len(model.settings.tap_layers)
+    return {
+        "live_flops": flops["encoder"] / group_size + shared + flops["language_model"],
+        "cached_flops": shared + flops["language_model"],
+        "set_bytes": entry_bytes(model.encoder, taps, num_views, size, dtype, heads_of(model.settings)),
+    }
 
 
 def resampler_table(

@@ -30,12 +30,15 @@ class GeometryEncoder(nn.Module):
         self.query_norm, self.norm = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
         self.out = nn.Linear(config.width, out_width, bias=False)
 
-    def forward(self, records: Tensor, has_geometry: Tensor) -> Tensor:
-        """records: [B, V, RECORD_WIDTH] (see `normalise_records`); has_geometry: [B] bool."""
+    def forward(self, records: Tensor, has_geometry: Tensor, view_mask: Tensor | None = None) -> Tensor:
+        """records: [B, V, RECORD_WIDTH] (see `normalise_records`); has_geometry: [B] bool.
+
+        view_mask: [B, V] bool, False for views that are not read; None = all are.
+        """
         x = torch.where(has_geometry[:, None, None], self.embed(records), self.null_record)
         x = x + self.view_ffn(self.view_norm(x))
         queries = self.queries.expand(len(x), -1, -1)
-        tokens = queries + self.attention(self.query_norm(queries), self.context_norm(x))
+        tokens = queries + self.attention(self.query_norm(queries), self.context_norm(x), view_mask)
         return self.out(self.norm(tokens))
 
 

@@ -24,14 +24,18 @@ class Attention(nn.Module):
         self.key_value = nn.Linear(context_width, 2 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x: [B, L, width], context: [B, N, context_width] -> [B, L, width]."""
+    def forward(self, x: Tensor, context: Tensor, seen: Tensor | None = None) -> Tensor:
+        """x: [B, L, width], context: [B, N, context_width] -> [B, L, width].
+
+        seen: [B, N] bool, False for context that has no part in it; None = all of it has.
+        """
 
         def heads(t: Tensor) -> Tensor:
             return t.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
 
         key, value = self.key_value(context).chunk(2, dim=-1)
-        y = F.scaled_dot_product_attention(heads(self.query(x)), heads(key), heads(value))
+        mask = None if seen is None else seen[:, None, None]
+        y = F.scaled_dot_product_attention(heads(self.query(x)), heads(key), heads(value), attn_mask=mask)
         return self.out(y.transpose(1, 2).flatten(2))
 
 
@@ -50,8 +54,8 @@ class ResamplerLayer(nn.Module):
         self.self_attention = Attention(width, width, head_width)
         self.ffn = FeedForward(width, ffn_width)
 
-    def forward(self, latents: Tensor, context: Tensor) -> Tensor:
-        latents = latents + self.cross_attention(self.cross_norm(latents), context)
+    def forward(self, latents: Tensor, context: Tensor, seen: Tensor | None = None) -> Tensor:
+        latents = latents + self.cross_attention(self.cross_norm(latents), context, seen)
         normed = self.self_norm(latents)
         latents = latents + self.self_attention(normed, normed)
         return latents + self.ffn(self.ffn_norm(latents))
@@ -82,11 +86,17 @@ class PerceiverResampler(nn.Module):
         self.out = nn.Linear(config.width, out_width, bias=False)
 
     def forward(
-        self, taps: list[Tensor], patch_token_start: int, grid: tuple[int, int], positions: Tensor | None = None
+        self,
+        taps: list[Tensor],
+        patch_token_start: int,
+        grid: tuple[int, int],
+        positions: Tensor | None = None,
+        view_mask: Tensor | None = None,
     ) -> Tensor:
         """taps: per tapped layer [B, V, patch_token_start + P, E]; grid: (rows, columns) of the P patches.
 
         positions: [B, V, P, E] encodings added to every tapped layer's normalised patch tokens, or None.
+        view_mask: [B, V] bool, False for views whose tokens are left out of the context; None = all are in it.
         Returns [B, num_latents, out_width]. Raises ValueError for more views than `max_views`.
         """
         num_views = taps[0].shape[1]
@@ -101,13 +111,16 @@ class PerceiverResampler(nn.Module):
             if positions is not None:
                 patches = patches + positions
             context += [(tokens[:, :, :1] + self.camera_embedding).flatten(1, 2), patches.flatten(1, 2)]
-        context = torch.cat(context, dim=1)
+        context, seen = torch.cat(context, dim=1), None
+        if view_mask is not None:  # in the order of the context
+            of_patches = view_mask.repeat_interleave(grid[0] * grid[1], dim=1)
+            seen = torch.cat([view_mask, of_patches], dim=1).repeat(1, len(taps))
         latents = self.latents.expand(len(context), -1, -1)
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
-                latents = checkpoint(layer, latents, context, use_reentrant=False)
+                latents = checkpoint(layer, latents, context, seen, use_reentrant=False)
             else:
-                latents = layer(latents, context)
+                latents = layer(latents, context, seen)
         return self.out(self.norm(latents))
 
 
@@ -120,8 +133,10 @@ class ReferenceLayer(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, ffn_width), nn.GELU(), nn.Identity(), nn.Linear(ffn_width, width))
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
 
-    def forward(self, latents: Tensor, context: Tensor) -> Tensor:
-        latents = self.norm1(latents + self.self_attn(latents, context, context, need_weights=False)[0])
+    def forward(self, latents: Tensor, context: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """hidden: [B, N] bool, True for context that has no part in it."""
+        read = self.self_attn(latents, context, context, key_padding_mask=hidden, need_weights=False)[0]
+        latents = self.norm1(latents + read)
         return self.norm2(latents + self.mlp(latents))
 
 
@@ -154,19 +169,26 @@ class ReferenceResampler(nn.Module):
         return self.out_proj
 
     def forward(
-        self, taps: list[Tensor], patch_token_start: int, grid: tuple[int, int], positions: Tensor | None = None
+        self,
+        taps: list[Tensor],
+        patch_token_start: int,
+        grid: tuple[int, int],
+        positions: Tensor | None = None,
+        view_mask: Tensor | None = None,
     ) -> Tensor:
         """As `PerceiverResampler.forward`, for one tapped layer."""
         patches = taps[0][:, :, patch_token_start:]
         if positions is not None:
             patches = patches + positions
-        context = self.in_proj(torch.cat([taps[0][:, :, :1], patches], dim=2).flatten(1, 2))
+        tokens = torch.cat([taps[0][:, :, :1], patches], dim=2)
+        hidden = None if view_mask is None else ~view_mask.repeat_interleave(tokens.shape[2], dim=1)
+        context = self.in_proj(tokens.flatten(1, 2))
         latents = self.latents.expand(len(context), -1, -1)
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
-                latents = checkpoint(layer, latents, context, use_reentrant=False)
+                latents = checkpoint(layer, latents, context, hidden, use_reentrant=False)
             else:
-                latents = layer(latents, context)
+                latents = layer(latents, context, hidden)
         return self.out_proj(latents)
 
 

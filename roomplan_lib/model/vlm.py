@@ -25,6 +25,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from roomplan_lib.config import (
     DataConfig,
+    FeaturesConfig,
     LanguageModelConfig,
     LoraSettings,
     ModelConfig,
@@ -32,6 +33,7 @@ from roomplan_lib.config import (
     parse,
     to_dict,
 )
+from roomplan_lib.model.features import FeatureCache, encode, heads_of
 from roomplan_lib.model.geometry_tokens import GeometryEncoder, record_poses
 from roomplan_lib.model.positions import VGGT_HEADS, build_positions, encode_positions, vggt_patch_coordinates
 from roomplan_lib.model.pretrained import check_reference, find_source, load_encoder, load_language_model, reference_to
@@ -69,12 +71,15 @@ class RoomPlanConfig(PretrainedConfig):
         self.references = references or {}
 
 
+AutoConfig.register(RoomPlanConfig.model_type, RoomPlanConfig)  # else AutoTokenizer warns of a folder of this type
+
+
 class RoomPlanVLM(PreTrainedModel, GenerationMixin):
     """VGGT -> (+ 3D positions) -> Perceiver resampler, and geometry tokens -> a causal language model.
 
     Weights that are not trained are kept in `model.frozen_dtype`, trained ones in float32.
     `sets_with_positions` [S] bool tells which sets of views of the last `encode_views` had a patch with coordinates;
-    None without 3D positions.
+    None without 3D positions. `features`: the cache of the frozen encoder's outputs, where one is open.
     """
 
     config_class = RoomPlanConfig
@@ -102,6 +107,7 @@ class RoomPlanVLM(PreTrainedModel, GenerationMixin):
         )
         self.positions = build_positions(self.settings.positions, token_width)
         self.sets_with_positions: Tensor | None = None
+        self.features: FeatureCache | None = None
         for module in (self.resampler, self.geometry_encoder):
             if module is not None:  # visual tokens start at the scale of the text embeddings
                 std = getattr(language_model.config, "initializer_range", 0.02)
@@ -110,17 +116,11 @@ class RoomPlanVLM(PreTrainedModel, GenerationMixin):
         self.language_model = language_model
         self.generation_config = language_model.generation_config
         if self.settings.language_model.freeze or self.settings.language_model.lora:
-            self._freeze(language_model)
+            freeze(language_model, self.settings.frozen_dtype)
         if self.settings.language_model.lora:
             self._inject(self.settings.language_model.lora)
         if self.settings.freeze_vggt:
-            self._freeze(self.encoder.freeze())
-
-    def _freeze(self, part: nn.Module) -> None:
-        dtype = getattr(torch, self.settings.frozen_dtype)
-        for parameter in part.parameters():  # buffers stay: rotary frequencies are no weights
-            parameter.requires_grad_(False)
-            parameter.data = parameter.data.to(dtype)
+            freeze(self.encoder.freeze(), self.settings.frozen_dtype)
 
     @property
     def num_visual_tokens(self) -> int:
@@ -162,7 +162,7 @@ class RoomPlanVLM(PreTrainedModel, GenerationMixin):
         """
         if self.settings.language_model.lora:
             raise ValueError("the language model has LoRA adapters already; merge_lora() or unload_lora() first")
-        self._freeze(self.language_model)
+        freeze(self.language_model, self.settings.frozen_dtype)
         self._inject(lora)
         self._change_language_settings(lora=lora)
 
@@ -216,77 +216,114 @@ class RoomPlanVLM(PreTrainedModel, GenerationMixin):
         aggregator = self.encoder.aggregator
         aggregator.config = dataclasses.replace(aggregator.config, gradient_checkpointing=enable)
 
+    def open_features(self, settings: FeaturesConfig, image_size: int) -> FeatureCache | None:
+        """The cache of this model's frozen encoder, for the collator to read from; None without a folder.
+
+        What the collator does not find there is encoded by `encode_views`, which then stores it.
+        image_size: pixels of a view's longest side. Raises ValueError for an encoder that is trained.
+        """
+        self.features = None
+        if settings.folder:
+            self.features = FeatureCache(settings, self.encoder, self.settings, image_size)
+        return self.features
+
     # ------------------------------------------------------------------ the pathway
     def encode_views(
         self,
-        pixel_values: list[Tensor],
+        pixel_values: list[Tensor | None],
         geometry_records: list[Tensor],
         has_geometry: Tensor,
         patch_coordinates: list[Tensor] | None = None,
         patch_valid: list[Tensor] | None = None,
+        features: list[dict | None] | None = None,
+        to_store: list[dict | None] | None = None,
+        view_mask: list[Tensor] | None = None,
     ) -> Tensor:
         """Visual tokens [S, L + G, D] of S sets of views: resampler output, then geometry tokens.
 
         pixel_values: S tensors uint8 [V, 3, H, W]; geometry_records: S tensors [V, RECORD_WIDTH];
         has_geometry: [S] bool; patch_coordinates [V, P, 3] metres in the reference frame ([V, P, n_points, 3] with
         more points than one) and patch_valid [V, P], S of each, where 3D positions from depth are on (ValueError
-        without them; positions from VGGT's own points need a geometry record instead). Sets of different V, H or W
-        are encoded apart, so no padding ever reaches the encoder's global attention.
+        without them; positions from VGGT's own points need a geometry record instead). features: for sets whose
+        pixel_values are None, what the cache holds of them: `tokens` [num_taps, V, T, E], `image_size` (width, height),
+        VGGT's `pose_enc` and `depth` where its points are used; to_store: for the others, as what it is to keep them.
+        view_mask: S tensors bool [V], False for views that the encoder sees and nothing after it; None = all are seen.
+        Sets of different V, H or W are encoded apart, so no padding ever reaches the encoder's global attention.
         """
         if self.needs_positions and patch_coordinates is None:
             raise ValueError("3D positions are on, but the batch holds no patch_coordinates")
-        groups: dict[torch.Size, list[int]] = {}
-        for i, views in enumerate(pixel_values):
-            groups.setdefault(views.shape, []).append(i)
+        cached = features or [None] * len(pixel_values)
+        groups: dict[tuple, list[int]] = {}
+        for i, (views, known) in enumerate(zip(pixel_values, cached, strict=True)):
+            shape = views.shape if known is None else (*known["tokens"].shape, *known["image_size"])
+            groups.setdefault(tuple(shape), []).append(i)
         encoded: list[Tensor | None] = [None] * len(pixel_values)
         self.sets_with_positions = None if self.positions is None else torch.zeros_like(has_geometry)
         for members in groups.values():
-            pixels = torch.stack([pixel_values[i] for i in members]).float() / 255  # the encoder casts, once normalised
-            records = torch.stack([geometry_records[i] for i in members])
-            has = has_geometry[members]
-            grid = tuple(side // self.encoder.config.patch_size for side in pixels.shape[-2:])
-            taps, patch_token_start, coordinates, valid = self._encode(pixels, records, has)
-            if self.needs_positions:
-                coordinates = torch.stack([patch_coordinates[i] for i in members]).float()
-                valid = torch.stack([patch_valid[i] for i in members])
+            records, has, seen = torch.stack([geometry_records[i] for i in members]), has_geometry[members], None
+            if view_mask is not None:
+                seen = torch.stack([view_mask[i] for i in members])
+            if cached[members[0]] is None:
+                to_keep = [None if to_store is None else to_store[i] for i in members]
+                taps, predictions, size = self._encode(torch.stack([pixel_values[i] for i in members]), to_keep)
+            else:
+                taps, predictions, size = self._cached([cached[i] for i in members])
+            grid = tuple(side // self.encoder.config.patch_size for side in size)
+            patch_token_start = self.encoder.aggregator.patch_token_start
             dtype = self.resampler.latents.dtype
             taps, positions = [tap.to(dtype) for tap in taps], None
             if self.positions is not None:
+                if self.needs_positions:
+                    coordinates = torch.stack([patch_coordinates[i] for i in members]).float()
+                    valid = torch.stack([patch_valid[i] for i in members])
+                else:
+                    coordinates, valid = self._own_coordinates(predictions, records, has, size)
                 positions = encode_positions(self.positions, self.settings.positions, coordinates, valid).to(dtype)
+                valid = valid if seen is None else valid & seen[..., None]
                 self.sets_with_positions[members] = valid.flatten(1).any(1)
                 if self.settings.positions.add_to == "encoder":
                     on_patches = F.pad(positions, (0, 0, patch_token_start, 0))  # zero on camera and registers
                     taps, positions = [tap + on_patches for tap in taps], None
-            tokens = self.resampler(taps, patch_token_start, grid, positions)
+            tokens = self.resampler(taps, patch_token_start, grid, positions, seen)
             if self.geometry_encoder is not None:
                 records = records.to(self.geometry_encoder.null_record.dtype)
-                tokens = torch.cat([tokens, self.geometry_encoder(records, has)], dim=1)
+                tokens = torch.cat([tokens, self.geometry_encoder(records, has, seen)], dim=1)
             for row, i in zip(tokens, members, strict=True):
                 encoded[i] = row
         return torch.stack(encoded)
 
     def _encode(
-        self, pixels: Tensor, records: Tensor, has_geometry: Tensor
-    ) -> tuple[list[Tensor], int, Tensor | None, Tensor | None]:
-        """Tapped tokens, index of the first patch token, and VGGT's own patch coordinates where they are asked for."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.settings.freeze_vggt):
-            if self.positions is None or self.settings.positions.source == "depth":
-                return *self.encoder.aggregator(pixels, tap_layers=self.settings.tap_layers), None, None
-            if not has_geometry.all():
-                raise ValueError(
-                    "model.positions.source is vggt, whose points have no metric scale; every sample needs a "
-                    "geom_token, whose poses give it one"
-                )
-            wanted = self.encoder.aggregator.layer_indices(self.settings.tap_layers)
-            layers = sorted({*wanted, *self.encoder.head_layers(VGGT_HEADS)})
-            tokens, patch_token_start = self.encoder.aggregator(pixels, tap_layers=layers)
-            by_layer = dict(zip(layers, tokens, strict=True))
-        # Coordinates are data, whoever measured them, and as precise as data.
-        with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
-            size = tuple(pixels.shape[-2:])
-            predictions = self.encoder.read_heads(VGGT_HEADS, by_layer, patch_token_start, size)
-            settings = self.settings.positions
-            coordinates, valid = vggt_patch_coordinates(
+        self, pixels: Tensor, to_store: list[dict | None]
+    ) -> tuple[list[Tensor], dict[str, Tensor], tuple[int, int]]:
+        """Tapped tokens [S, V, T, E], VGGT's own cameras and depth where they are used, and (H, W) of the pictures."""
+        taps, predictions = encode(self.encoder, pixels, self.settings.tap_layers, heads_of(self.settings))
+        if self.features is not None:
+            for i, kept in enumerate(to_store):
+                if kept is not None:
+                    tokens = torch.stack([tap[i] for tap in taps])
+                    self.features.store(**kept, tokens=tokens, predictions={k: v[i] for k, v in predictions.items()})
+        return taps, predictions, tuple(pixels.shape[-2:])
+
+    def _cached(self, features: list[dict]) -> tuple[list[Tensor], dict[str, Tensor], tuple[int, int]]:
+        """As `_encode`, from the cache."""
+        tensors = {
+            name: torch.stack([known[name] for known in features]) for name in features[0] if name != "image_size"
+        }
+        return list(tensors.pop("tokens").unbind(1)), tensors, tuple(features[0]["image_size"][::-1])
+
+    def _own_coordinates(
+        self, predictions: dict[str, Tensor], records: Tensor, has_geometry: Tensor, size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Patch coordinates and their validity from VGGT's own cameras and depth. They are data, whoever measured them,
+        and as precise as data."""
+        if not has_geometry.all():
+            raise ValueError(
+                "model.positions.source is vggt, whose points have no metric scale; every sample needs a "
+                "geom_token, whose poses give it one"
+            )
+        settings = self.settings.positions
+        with torch.no_grad(), torch.autocast(records.device.type, enabled=False):
+            return vggt_patch_coordinates(
                 predictions,
                 record_poses(records.float()),
                 size,
@@ -294,7 +331,6 @@ class RoomPlanVLM(PreTrainedModel, GenerationMixin):
                 settings.n_points,
                 settings.min_valid_share,
             )
-        return [by_layer[layer] for layer in wanted], patch_token_start, coordinates, valid
 
     def embed(self, input_ids: Tensor, visual_tokens: Tensor | None) -> Tensor:
         """Input embeddings [B, T, D] with visual_tokens [B, L + G, D] in place of the placeholders, in order.
@@ -317,7 +353,7 @@ class RoomPlanVLM(PreTrainedModel, GenerationMixin):
         For generation by other means than `generate`; arguments as there.
         """
         tokens = None
-        if views.get("pixel_values") is not None:
+        if views.get("geometry_records") is not None:
             tokens = self.encode_views(**views)[scene_index]  # each set encoded once, shared by its samples
         return self.embed(input_ids, tokens)
 
@@ -364,7 +400,7 @@ class RoomPlanVLM(PreTrainedModel, GenerationMixin):
         return self.language_model.generate(inputs_embeds=prompt, attention_mask=attention_mask, **kwargs)
 
     # ------------------------------------------------------------------ files
-    def _stored_state(self, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def stored_state(self, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The weights that a folder holds: all but those that `config.references` says where to find."""
         state = self.state_dict() if state is None else state
         references = self.config.references
@@ -399,7 +435,7 @@ class RoomPlanVLM(PreTrainedModel, GenerationMixin):
         folder.mkdir(parents=True, exist_ok=True)
         self.config.save_pretrained(folder)
         stored, seen = {}, set()
-        for key, value in self._stored_state(state_dict).items():
+        for key, value in self.stored_state(state_dict).items():
             if (place := (value.data_ptr(), value.shape)) not in seen:  # tied weights once
                 seen.add(place)
                 stored[key] = value.contiguous()
@@ -417,7 +453,7 @@ class RoomPlanVLM(PreTrainedModel, GenerationMixin):
             weights = load_file(file)
         except SafetensorError as error:
             raise ValueError(f"{file}: damaged or cut off: {error}") from None
-        state = self._stored_state()
+        state = self.stored_state()
         given = {state[key].data_ptr() for key in weights if key in state}  # a tied weight is there under one name
         problems = {
             "missing": [key for key, value in state.items() if key not in weights and value.data_ptr() not in given],
@@ -469,6 +505,13 @@ class RoomPlanVLM(PreTrainedModel, GenerationMixin):
         model = cls(config, **parts)
         model.load_trained(folder)
         return model.eval()
+
+
+def freeze(part: nn.Module, dtype: str) -> None:
+    """No gradients for the part's weights, kept in `dtype`; buffers stay: rotary frequencies are no weights."""
+    for parameter in part.parameters():
+        parameter.requires_grad_(False)
+        parameter.data = parameter.data.to(getattr(torch, dtype))
 
 
 def vggt_settings(settings: ModelConfig) -> VGGTConfig:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from roomplan_lib.config import DataConfig, PositionsConfig
-from roomplan_lib.geometry import resize_intrinsics, unproject
+from roomplan_lib.geometry import resize_intrinsics, rotation_z, unproject
+from roomplan_lib.model.features import FeatureCache, Store
 from roomplan_lib.model.geometry_tokens import NUM_DEPTH_BINS, RECORD_WIDTH, normalise_records
 from roomplan_lib.model.positions import patch_lattice
 from roomplan_lib.samples import check_record, depth_histogram, read_samples, sample_root
@@ -43,17 +45,31 @@ class Sample:
         """Samples with equal keys show the same ordered views, so they can share one encoding."""
         return (self.root, *self.record["images"])
 
+    def turns(self, kind: str = "images") -> list[int]:
+        """Counter-clockwise quarter turns that set each of its images, or depths, upright."""
+        return self.record.get("quarter_turns") or [0] * len(self.record[kind])
+
+    def paths(self, kind: str = "images") -> list[Path]:
+        """Its images, or depths."""
+        return [path_below(self.root, path) for path in self.record[kind]]
+
 
 @dataclass(frozen=True, eq=False)
 class ViewSet:
     """The model's visual input for one ordered set of views, with everything in the reference frame."""
 
-    pixel_values: Tensor  # uint8 [V, 3, H, W]
+    pixel_values: Tensor | None  # uint8 [V, 3, H, W]; None where the features are known
+    image_size: tuple[int, int]  # (width, height) of these pictures
+    stored_size: tuple[int, int]  # (width, height) of the upright pictures before they were resized
+    features: dict | None  # what the feature cache holds of them
     geometry_records: Tensor  # float32 [V, RECORD_WIDTH]
     has_geometry: bool
     patch_coordinates: Tensor  # float32 [V, P, 3], or [V, P, n_points, 3], metres in the reference frame
     patch_valid: Tensor  # bool [V, P]: enough of the patch's pixels have depth
-    stored_size: tuple[int, int]  # (width, height) of the upright pictures before they were resized
+
+    @property
+    def num_views(self) -> int:
+        return len(self.geometry_records)
 
 
 def load_samples(files: Iterable[str | Path]) -> list[Sample]:
@@ -127,25 +143,186 @@ def patch_coordinates(
     return coordinates, known
 
 
-class Collator:
-    """Turns samples into a batch. Views shared by several samples are loaded, and later encoded, once."""
+class ViewLoader:
+    """Loads the views of samples: pictures, or what the feature cache holds of them, with their geometry."""
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
         data: DataConfig,
         *,
-        num_visual_tokens: int,
         patch_size: int,
         needs_positions: PositionsConfig | None,
+        features: FeatureCache | None = None,
     ) -> None:
-        """needs_positions: the patch coordinates that batches hold (`RoomPlanVLM.needs_positions`), None for none."""
-        self.tokenizer = tokenizer
+        """needs_positions: the patch coordinates that views have (`RoomPlanVLM.needs_positions`), None for none.
+
+        features: where the encoder's outputs are read from in place of the pictures (`RoomPlanVLM.open_features`).
+        """
         self.data = data
-        self.num_visual_tokens = num_visual_tokens
         self.patch_size = patch_size
         self.needs_positions = needs_positions
-        self._cache: OrderedDict[tuple, ViewSet] = OrderedDict()
+        self.features = features
+        # With the files of the feature cache that the views' tensors are mapped from.
+        self._cache: OrderedDict[tuple, tuple[ViewSet, list[tuple[Store, Path]]]] = OrderedDict()
+
+    def view_set(self, sample: Sample, augmentation: Augmentation = UNCHANGED) -> ViewSet:
+        """The sample's views, decoded or read from the feature cache once and kept (least recently used go first); an
+        augmentation changes no pixel, so it changes geometry and nothing else.
+
+        A file of the feature cache that changes later is read, and verified, again: its tensors change with it.
+        """
+        key = sample.view_key
+        views, files = self._cache.pop(key, (None, []))
+        if views is None or not all(store.is_as_read(path) for store, path in files):
+            views = self._load(sample)
+            files = self._cache_files(sample)
+        # Views that the cache lacks are not kept: by the next time it has their features.
+        if self.data.cache_scenes and (self.features is None or views.features is not None):
+            self._cache[key] = views, files
+            if len(self._cache) > self.data.cache_scenes:
+                self._cache.popitem(last=False)
+        return views if augmentation == UNCHANGED else self._with_geometry(sample, views, augmentation)
+
+    def _load(self, sample: Sample) -> ViewSet:
+        entry = self.features and self.features.features.read(self.feature_parts(sample), _name(sample))
+        if entry:
+            image_size, stored_size = (tuple(entry.facts[name]) for name in ("image_size", "stored_size"))
+            views = _blank(sample, None, image_size, stored_size, {**entry.tensors, "image_size": image_size})
+        else:
+            pictures, stored_size = self.load_pictures(sample)
+            views = _blank(sample, pictures, tuple(pictures.shape[:-3:-1]), stored_size, None)
+        return self._with_geometry(sample, views, UNCHANGED)
+
+    def load_pictures(self, sample: Sample) -> tuple[Tensor, tuple[int, int]]:
+        """uint8 [V, 3, H, W], upright and resized, and the (width, height) they had before."""
+        pictures = [load_rgb(path, turn) for path, turn in zip(sample.paths(), sample.turns(), strict=True)]
+        stored = (pictures[0].shape[1], pictures[0].shape[0])
+        if any((p.shape[1], p.shape[0]) != stored for p in pictures):
+            raise ValueError(f"{_name(sample)}: its views differ in size; give views of one size")
+        size = resized_size(*stored, self.data.image_size, self.patch_size)
+        resized = [np.asarray(Image.fromarray(p).resize(size, Image.Resampling.BICUBIC)) for p in pictures]
+        return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).contiguous(), stored
+
+    def feature_parts(self, sample: Sample) -> dict:
+        """What the features of a sample's views depend on, beside the settings of the store."""
+        return {"pictures": [self.features.hash(path) for path in sample.paths()], "quarter_turns": sample.turns()}
+
+    def coordinate_parts(self, sample: Sample) -> dict:
+        """What the patch coordinates of a sample's views depend on, beside the settings of the store."""
+        record = self._require_depths(sample)
+        return self.feature_parts(sample) | {
+            "depths": [self.features.hash(path) for path in sample.paths("depths")],
+            **{key: record["geom_token"][key] for key in ("R", "t", "K")},
+            **{key: record.get(key) for key in ("depth_scale", "depth_K")},
+        }
+
+    def to_store(self, sample: Sample, image_size: tuple[int, int], stored_size: tuple[int, int]) -> dict:
+        """What `FeatureCache.store` is told about a sample's views."""
+        facts = {"image_size": list(image_size), "stored_size": list(stored_size)}
+        return {"parts": self.feature_parts(sample), "name": _name(sample), "facts": facts}
+
+    def fault(self, sample: Sample, contents: bool = False) -> str | None:
+        """What the cache lacks of a sample's views, or holds damaged; contents: read its files to their end."""
+        fault = self.features.features.fault(self.feature_parts(sample), contents)
+        if not fault and self.features.coordinates:
+            fault = self.features.coordinates.fault(self.coordinate_parts(sample), contents)
+        return fault
+
+    def _cache_files(self, sample: Sample) -> list[tuple[Store, Path]]:
+        """The files of the feature cache that a sample's views were just read from."""
+        if not self.features:
+            return []
+        files = [(self.features.features, self.feature_parts(sample))]
+        if self.features.coordinates:
+            files.append((self.features.coordinates, self.coordinate_parts(sample)))
+        return [(store, path) for store, parts in files if store.is_as_read(path := store.path(parts))]
+
+    def _with_geometry(self, sample: Sample, views: ViewSet, augmentation: Augmentation) -> ViewSet:
+        """The views with the geometry of their record, changed by an augmentation."""
+        record = sample.record
+        geometry = record.get("geom_token")
+        if not geometry:
+            if self.needs_positions:
+                raise ValueError(f"{_name(sample)}: {NEEDS_DEPTH}")
+            return views
+        num_views = len(record["images"])
+        poses = np.tile(np.eye(4), (num_views, 1, 1))
+        poses[:, :3, :3] = np.reshape(geometry["R"], (num_views, 3, 3))
+        poses[:, :3, 3] = np.reshape(geometry["t"], (num_views, 3))
+        poses = world_to_model(record, augmentation) @ poses
+        poses[:, :3, :3] /= augmentation.scale
+        K = np.reshape(geometry["K"], (num_views, 3, 3)).astype(np.float64)
+        histograms = geometry["depth_hist"]
+        if augmentation.scale != 1:
+            histograms = np.stack([depth_histogram(depth * augmentation.scale) for depth in self._depths(sample)])
+        histogram = torch.tensor(np.reshape(histograms, (num_views, NUM_DEPTH_BINS)))
+        records = normalise_records(torch.tensor(poses), torch.tensor(K), views.stored_size, histogram)
+        views = replace(views, geometry_records=records, has_geometry=True)
+        if not self.needs_positions:
+            return views
+        if augmentation == UNCHANGED:
+            coordinates, valid = self._coordinates(sample, views, poses, K)
+        elif self.needs_positions.n_points != 2:
+            turned = augmentation.scale * rotation_z(augmentation.yaw)
+            coordinates = (views.patch_coordinates.double() @ torch.tensor(turned.T)).float()
+            valid = views.patch_valid
+        else:  # the corners of another frame's axis-aligned box
+            coordinates, valid = self._coordinates_from_depth(sample, views, poses, K, augmentation.scale)
+        return replace(views, patch_coordinates=coordinates, patch_valid=valid)
+
+    def _coordinates(self, sample: Sample, views: ViewSet, poses: np.ndarray, K: np.ndarray) -> tuple[Tensor, Tensor]:
+        """patch_coordinates and patch_valid in the reference frame, from the feature cache where there is one."""
+        store = self.features and self.features.coordinates
+        if not store:
+            return self._coordinates_from_depth(sample, views, poses, K)
+        parts = self.coordinate_parts(sample)
+        if entry := store.read(parts, _name(sample)):
+            return entry.tensors["coordinates"], entry.tensors["valid"]
+        coordinates, valid = self._coordinates_from_depth(sample, views, poses, K)
+        store.keep(parts, _name(sample), {"coordinates": coordinates, "valid": valid}, {})
+        return coordinates, valid
+
+    def _coordinates_from_depth(
+        self, sample: Sample, views: ViewSet, poses: np.ndarray, K: np.ndarray, scale: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """patch_coordinates and patch_valid for camera_to_reference `poses` [V, 4, 4] and K [V, 3, 3] of the stored
+        pictures; scale: of all metres."""
+        grid = (views.image_size[1] // self.patch_size, views.image_size[0] // self.patch_size)
+        n_points, min_valid_share = self.needs_positions.n_points, self.needs_positions.min_valid_share
+        own_K = np.reshape(sample.record["depth_K"], K.shape) if "depth_K" in sample.record else None
+        patches = []
+        for v, depth in enumerate(self._depths(sample)):
+            # Depth may be stored at another size than the picture: its intrinsics are scaled, not its values.
+            K_depth = resize_intrinsics(K[v], views.stored_size, depth.shape[::-1]) if own_K is None else own_K[v]
+            points, known = unproject(depth * np.float32(scale), K_depth, poses[v])
+            patches.append(patch_coordinates(points, known, grid, n_points, min_valid_share))
+        coordinates, valid = (np.stack(part) for part in zip(*patches, strict=True))
+        return torch.tensor(coordinates, dtype=torch.float32), torch.tensor(valid)
+
+    def _require_depths(self, sample: Sample) -> dict:
+        """The sample's record. ValueError where it has no depth, or no poses to bring it into the room."""
+        if not sample.record.get("depths") or not sample.record.get("geom_token"):
+            raise ValueError(f"{_name(sample)}: {NEEDS_DEPTH}")
+        return sample.record
+
+    def _depths(self, sample: Sample) -> list[np.ndarray]:
+        """[V] of float32 [H, W] metres, upright."""
+        self._require_depths(sample)
+        scale = sample.record.get("depth_scale", 1000)
+        pairs = zip(sample.paths("depths"), sample.turns("depths"), strict=True)
+        return [load_depth(path, turn, scale) for path, turn in pairs]
+
+
+class Collator(ViewLoader):
+    """Turns samples into a batch. Views shared by several samples are loaded, and later encoded, once."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, data: DataConfig, *, num_visual_tokens: int, **views: Any
+    ) -> None:
+        """views: the other arguments of `ViewLoader`."""
+        super().__init__(data, **views)
+        self.tokenizer = tokenizer
+        self.num_visual_tokens = num_visual_tokens
 
     def __call__(
         self, samples: list[Sample], *, generate: bool = False, blind: bool = False, views: list[Sample] | None = None
@@ -157,7 +334,9 @@ class Collator:
         """
         shown = views or samples
         changes = [self.augmentation(sample) for sample in shown]
-        shown_as = [(sample.view_key, change) for sample, change in zip(shown, changes, strict=True)]
+        shown_as = [
+            (sample.view_key, change, self.hidden_views(sample)) for sample, change in zip(shown, changes, strict=True)
+        ]
         first = dict(zip(reversed(shown_as), reversed(shown), strict=True))
         keys = list(dict.fromkeys(shown_as))
         prompts, responses = [], []
@@ -183,6 +362,14 @@ class Collator:
             if self.needs_positions:
                 batch["patch_coordinates"] = [s.patch_coordinates for s in sets]
                 batch["patch_valid"] = [s.patch_valid for s in sets]
+            if self.features:
+                batch["features"] = [s.features for s in sets]
+                batch["to_store"] = [
+                    None if s.features else self.to_store(first[key], s.image_size, s.stored_size)
+                    for key, s in zip(keys, sets, strict=True)
+                ]
+            if any(any(key[2]) for key in keys):
+                batch["view_mask"] = [~torch.tensor(key[2]) for key in keys]
         return batch
 
     def _pad(self, samples: list[Sample], prompts: list, responses: list, left: bool) -> dict:
@@ -216,87 +403,29 @@ class Collator:
         yaw = np.radians(rng.uniform(-settings.yaw_deg, settings.yaw_deg))
         return Augmentation(float(yaw), float(np.exp(rng.uniform(-1, 1) * np.log1p(settings.scale_jitter))))
 
-    def view_set(self, sample: Sample, augmentation: Augmentation = UNCHANGED) -> ViewSet:
-        """The sample's views, decoded once and kept (least recently used go first); an augmentation changes no pixel,
-        so it reads depth again and nothing else."""
-        key = sample.view_key
-        views = self._cache.get(key)
-        if views is None:
-            pictures, stored = self._pictures(sample)
-            views = ViewSet(pictures, *self._geometry(sample, pictures, stored, UNCHANGED), stored)
-            if self.data.cache_scenes:
-                self._cache[key] = views
-                if len(self._cache) > self.data.cache_scenes:
-                    self._cache.popitem(last=False)
-        elif self.data.cache_scenes:
-            self._cache.move_to_end(key)
-        if augmentation == UNCHANGED:
-            return views
-        geometry = self._geometry(sample, views.pixel_values, views.stored_size, augmentation)
-        return ViewSet(views.pixel_values, *geometry, views.stored_size)
+    def hidden_views(self, sample: Sample) -> tuple[bool, ...]:
+        """Which views of a training sample its draw hides: each but the first with the chance `data.view_dropout`."""
+        num_views, chance = len(sample.record["images"]), self.data.view_dropout
+        if sample.draw is None or not chance:
+            return (False,) * num_views
+        rng = np.random.default_rng((sample.draw, 1))  # apart from what the draw decides by itself
+        return (False, *(rng.random(num_views - 1) < chance).tolist())
 
-    def _pictures(self, sample: Sample) -> tuple[Tensor, tuple[int, int]]:
-        """uint8 [V, 3, H, W], upright and resized, and the (width, height) they had before."""
-        record = sample.record
-        turns = record.get("quarter_turns") or [0] * len(record["images"])
-        pictures = [
-            load_rgb(path_below(sample.root, image), turn) for image, turn in zip(record["images"], turns, strict=True)
-        ]
-        stored = (pictures[0].shape[1], pictures[0].shape[0])
-        if any((p.shape[1], p.shape[0]) != stored for p in pictures):
-            raise ValueError(f"scene {record['scene_id']}: its views differ in size; give views of one size")
-        size = resized_size(*stored, self.data.image_size, self.patch_size)
-        resized = [np.asarray(Image.fromarray(p).resize(size, Image.Resampling.BICUBIC)) for p in pictures]
-        return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).contiguous(), stored
 
-    def _geometry(
-        self, sample: Sample, pictures: Tensor, stored: tuple[int, int], augmentation: Augmentation
-    ) -> tuple[Tensor, bool, Tensor, Tensor]:
-        """geometry_records, has_geometry, patch_coordinates, patch_valid of a `ViewSet`."""
-        record = sample.record
-        num_views, _, height, width = pictures.shape
-        grid = (height // self.patch_size, width // self.patch_size)
-        num_patches = grid[0] * grid[1]
-        records = torch.zeros(num_views, RECORD_WIDTH)
-        coordinates = np.zeros((num_views, num_patches, 3))
-        valid = np.zeros((num_views, num_patches), bool)
-        geometry = record.get("geom_token")
-        if not geometry:
-            if self.needs_positions:
-                raise ValueError(f"scene {record['scene_id']}: {NEEDS_DEPTH}")
-            return records, False, torch.tensor(coordinates, dtype=torch.float32), torch.tensor(valid)
-        poses = np.tile(np.eye(4), (num_views, 1, 1))
-        poses[:, :3, :3] = np.reshape(geometry["R"], (num_views, 3, 3))
-        poses[:, :3, 3] = np.reshape(geometry["t"], (num_views, 3))
-        poses = world_to_model(record, augmentation) @ poses
-        poses[:, :3, :3] /= augmentation.scale
-        K = np.reshape(geometry["K"], (num_views, 3, 3)).astype(np.float64)
-        depths = []
-        if self.needs_positions or augmentation.scale != 1:
-            depths = [depth * np.float32(augmentation.scale) for depth in self._depths(sample)]
-        histograms = geometry["depth_hist"]
-        if augmentation.scale != 1:
-            histograms = np.stack([depth_histogram(depth) for depth in depths])
-        histogram = torch.tensor(np.reshape(histograms, (num_views, NUM_DEPTH_BINS)))
-        records = normalise_records(torch.tensor(poses), torch.tensor(K), stored, histogram)
-        if self.needs_positions:
-            n_points, min_valid_share = self.needs_positions.n_points, self.needs_positions.min_valid_share
-            if n_points > 1:
-                coordinates = np.zeros((num_views, num_patches, n_points, 3))
-            own_K = np.reshape(record["depth_K"], (num_views, 3, 3)) if "depth_K" in record else None
-            for v, depth in enumerate(depths):
-                # Depth may be stored at another size than the picture: its intrinsics are scaled, not its values.
-                K_depth = resize_intrinsics(K[v], stored, depth.shape[::-1]) if own_K is None else own_K[v]
-                points, known = unproject(depth, K_depth, poses[v])
-                coordinates[v], valid[v] = patch_coordinates(points, known, grid, n_points, min_valid_share)
-        return records, True, torch.tensor(coordinates, dtype=torch.float32), torch.tensor(valid)
+def _name(sample: Sample) -> str:
+    """A sample's set of views in messages."""
+    number = sample.record.get("view_set")
+    return f"scene {sample.record['scene_id']}" + (f", view set {number}" if number is not None else "")
 
-    def _depths(self, sample: Sample) -> list[np.ndarray]:
-        """[V] of float32 [H, W] metres, upright."""
-        record = sample.record
-        if not record.get("depths"):
-            raise ValueError(f"scene {record['scene_id']}: {NEEDS_DEPTH}")
-        turns = record.get("quarter_turns") or [0] * len(record["depths"])
-        scale = record.get("depth_scale", 1000)
-        paths = (path_below(sample.root, path) for path in record["depths"])
-        return [load_depth(path, turn, scale) for path, turn in zip(paths, turns, strict=True)]
+
+def _blank(
+    sample: Sample,
+    pictures: Tensor | None,
+    image_size: tuple[int, int],
+    stored_size: tuple[int, int],
+    features: dict | None,
+) -> ViewSet:
+    """Views without any geometry."""
+    num_views = len(sample.record["images"])
+    nowhere = torch.zeros(num_views, 0, 3), torch.zeros(num_views, 0, dtype=torch.bool)
+    return ViewSet(pictures, image_size, stored_size, features, torch.zeros(num_views, RECORD_WIDTH), False, *nowhere)
