@@ -64,6 +64,9 @@ class DataConfig:
                 f"data.train_shares: expected one share of at least 0 for each of {len(self.train_files)} train_files, "
                 f"not all 0, got {list(self.train_shares)}"
             )
+        for name, least in (("image_size", 1), ("max_length", 1), ("cache_scenes", 0), ("num_workers", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"data.{name}: expected at least {least}, got {getattr(self, name)}")
         if not 0 <= self.view_dropout < 1:
             raise ValueError(f"data.view_dropout: expected a chance from 0 to below 1, got {self.view_dropout:g}")
         if not 0 <= self.augmentation.yaw_deg <= 180 or not 0 <= self.augmentation.scale_jitter <= 1:
@@ -166,7 +169,7 @@ class TrainingConfig:
     weight_decay: float = 0.01  # matrices only
     warmup_ratio: float = 0.05
     lr_scheduler: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = 1.0  # a longer gradient is scaled down to it, 0 = never
     explosion_factor: float = 20.0  # a loss above so many times the median of the last 50 stops the run, 0 = never
     bf16: bool = False
     gradient_checkpointing: bool = False  # compute layers again in the backward pass: less memory, more time
@@ -210,12 +213,25 @@ class RunConfig:
     prediction: PredictionConfig = field(default_factory=PredictionConfig)
 
     def __post_init__(self) -> None:
-        if not self.run_name or Path(self.run_name).name != self.run_name:
+        if self.run_name in ("", "..") or Path(self.run_name).name != self.run_name:
             raise ValueError(f"run_name: expected a plain folder name, got {self.run_name!r}")
+        if not 0 <= self.seed < 2**32:  # as NumPy's generators take it
+            raise ValueError(f"seed: expected 0 to {2**32 - 1}, got {self.seed}")
         training = self.training
-        for name in ("max_steps", "micro_batch_size", "group_size", "gradient_accumulation_steps", "log_every_steps"):
+        for name in (
+            "max_steps", "micro_batch_size", "group_size", "gradient_accumulation_steps", "log_every_steps",
+            "save_every_steps", "keep_checkpoints",
+        ):  # fmt: skip
             if getattr(training, name) < 1:
                 raise ValueError(f"training.{name}: expected at least 1, got {getattr(training, name)}")
+        for name in (
+            "eval_every_steps", "num_eval_samples", "num_generated_samples", "explosion_factor", "max_grad_norm",
+            "learning_rate", "resampler_learning_rate", "encoder_learning_rate", "weight_decay",
+        ):  # fmt: skip
+            if getattr(training, name) < 0:
+                raise ValueError(f"training.{name}: expected 0 or more, got {getattr(training, name):g}")
+        if training.warmup_ratio > 1 or training.warmup_ratio < 0:
+            raise ValueError(f"training.warmup_ratio: expected 0 to 1, got {training.warmup_ratio:g}")
         if self.distributed.num_processes < 0:
             raise ValueError(f"distributed.num_processes: expected 0 or more, got {self.distributed.num_processes}")
         if self.distributed.offload != "none" and self.distributed.strategy != "zero3":

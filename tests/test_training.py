@@ -9,13 +9,17 @@ import pytest
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import get_scheduler
 
 from roomplan_lib.config import parse, to_dict
+from roomplan_lib.files import file_hash
 from roomplan_lib.samples import read_manifest, read_samples, sample_root
+from roomplan_lib.training.checkpoint import list_checkpoints
 from roomplan_lib.training.collator import Sample, load_samples
+from roomplan_lib.training.metrics import read_metrics
 from roomplan_lib.training.run import load_model_folder, make_collator, make_model, make_tokenizer, train
 from roomplan_lib.training.sampler import GroupedBatchSampler
-from roomplan_lib.training.trainer import RoomPlanTrainer, list_checkpoints, parameter_groups, read_metrics
+from roomplan_lib.training.trainer import parameter_groups, schedule_factor
 
 
 def losses(run_dir):
@@ -27,14 +31,23 @@ def with_training(config, **changes):
 
 
 def test_run_folder_holds_everything_and_the_loss_falls(tiny_config):
-    config = with_training(tiny_config, max_steps=12)
+    config = with_training(tiny_config, max_steps=12, resampler_learning_rate=5e-4, encoder_learning_rate=2e-4)
     entries = []
     run_dir = train(config, on_log=entries.append)
     assert entries == read_metrics(run_dir / "metrics.jsonl")
     assert list(losses(run_dir)) == list(range(1, 13))
+    language_model = config.training.learning_rate  # the rate that is shown
+    assert [e["learning_rate"] for e in entries if "loss" in e] == pytest.approx(
+        [language_model * schedule_factor(step, config.training) for step in range(12)]
+    )
     assert np.mean(list(losses(run_dir).values())[-3:]) < losses(run_dir)[1] - 0.5
     assert [e["step"] for e in entries if "eval_loss" in e] == [3, 6, 9, 12]
-    assert all(e["samples_per_s"] > 0 and e["tokens_per_s"] > 0 for e in entries if "loss" in e)
+    rates = ("samples_per_s", "tokens_per_s", "memory_gb", "grad_norm")
+    assert all(e[name] > 0 for e in entries if "loss" in e for name in rates)
+    status = json.loads((run_dir / "status.json").read_text())
+    assert (status["status"], status["step"], status["max_steps"], status["world_size"]) == ("finished", 12, 12, 1)
+    record = json.loads((run_dir / "run.json").read_text())
+    assert record["global_batch_size"] == 8 and record["model_sha256"] == file_hash(run_dir / "model/model.safetensors")
     assert yaml.safe_load((run_dir / "run.yaml").read_text()) == to_dict(config)
     assert json.loads((run_dir / "run.json").read_text())["versions"]["torch"] == torch.__version__
     assert [p.name for p in list_checkpoints(run_dir / "checkpoints")] == ["checkpoint-10", "checkpoint-12"]
@@ -55,33 +68,6 @@ def test_same_seed_same_loss_other_seed_other_loss(tiny_config, tmp_path):
     ]
     assert runs[0] == runs[1]
     assert runs[0] != runs[2]
-
-
-def test_interrupted_run_repeats_the_uninterrupted_losses(tiny_config, tmp_path, monkeypatch):
-    whole = train(dataclasses.replace(tiny_config, runs_dir=str(tmp_path / "whole")))
-    save = RoomPlanTrainer.save_model
-    calls = []
-
-    def dies_in_second_save(self, *args, **kwargs):
-        save(self, *args, **kwargs)
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt  # weights are written, optimizer and state are not
-
-    monkeypatch.setattr(RoomPlanTrainer, "save_model", dies_in_second_save)
-    config = dataclasses.replace(tiny_config, runs_dir=str(tmp_path / "cut"))
-    with pytest.raises(KeyboardInterrupt):
-        train(config)
-    monkeypatch.undo()
-    assert [p.name for p in list_checkpoints(config.run_dir / "checkpoints")] == ["checkpoint-2"]
-    assert list(losses(config.run_dir)) == [1, 2, 3, 4]  # steps 3 and 4 are to be done again
-    train(config)
-    assert losses(config.run_dir) == losses(whole)
-    elapsed = [entry["elapsed_s"] for entry in read_metrics(config.run_dir / "metrics.jsonl")]
-    assert elapsed == sorted(elapsed)
-    models = [load_model_folder(path / "model")[0].state_dict() for path in (whole, config.run_dir)]
-    assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
-    assert not list((config.run_dir / "checkpoints").glob(".partial*"))
 
 
 def test_other_settings_are_refused_by_name(tiny_config):
@@ -105,21 +91,19 @@ def test_other_samples_are_refused_by_name(tiny_config, sample_files, tmp_path):
         )
 
 
-def test_accumulation_equals_one_large_batch(tiny_config, tmp_path):
-    config = with_training(tiny_config, max_steps=3, learning_rate=1e-4)
-    runs = [(8, 1), (4, 2)]  # the sampler draws the same groups either way
-    curves = [
-        losses(
-            train(
-                dataclasses.replace(
-                    with_training(config, micro_batch_size=size, gradient_accumulation_steps=steps),
-                    runs_dir=str(tmp_path / str(size)),
-                )
-            )
-        )
-        for size, steps in runs
-    ]
-    assert list(curves[0].values()) == pytest.approx(list(curves[1].values()), rel=1e-4)
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant_with_warmup"])
+def test_rates_are_those_of_the_published_schedules(tiny_config, name):
+    """transformers' own schedulers, stepped once per optimizer step."""
+    settings = with_training(tiny_config, max_steps=40, warmup_ratio=0.15, lr_scheduler=name).training
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    options = {"num_warmup_steps": 6} | ({} if name.startswith("constant") else {"num_training_steps": 40})
+    scheduler = get_scheduler(name, optimizer, **options)
+    expected = []
+    for _ in range(40):
+        expected.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert [schedule_factor(step, settings) for step in range(40)] == pytest.approx(expected)
 
 
 def test_nothing_to_train_is_an_error(tiny_config):
@@ -145,7 +129,7 @@ def fake_samples(sizes, tmp_path):
 
 def test_sampler_groups_by_views_and_covers_every_sample(tmp_path):
     samples = fake_samples([7, 4, 9, 1], tmp_path)
-    order = list(GroupedBatchSampler(samples, micro_batch_size=8, group_size=4, num_batches=40, seed=0))
+    order = list(GroupedBatchSampler(samples, micro_batch_size=8, group_size=4, num_steps=40, seed=0))
     assert len(order) == 40
     groups = 2 + 1 + 3 + 1  # groups in one pass
     flat = [i for batch in order for i, _ in batch]
@@ -156,8 +140,8 @@ def test_sampler_groups_by_views_and_covers_every_sample(tmp_path):
         runs = 1 + sum(a != b for a, b in zip(drawn, drawn[1:], strict=False))
         assert runs <= 2 and len(batch) <= 8  # a group has one view set and one draw
     assert len({draw for batch in order for _, draw in batch}) == 80  # and each its own
-    again = list(GroupedBatchSampler(samples, micro_batch_size=8, group_size=4, num_batches=40, seed=0))
-    other = list(GroupedBatchSampler(samples, micro_batch_size=8, group_size=4, num_batches=40, seed=1))
+    again = list(GroupedBatchSampler(samples, micro_batch_size=8, group_size=4, num_steps=40, seed=0))
+    other = list(GroupedBatchSampler(samples, micro_batch_size=8, group_size=4, num_steps=40, seed=1))
     assert again == order and other != order
     assert order[:groups] != order[groups : 2 * groups]
 
@@ -169,16 +153,14 @@ def test_sources_are_drawn_by_their_shares(tmp_path):
         for source, count in enumerate((10, 100))
         for i in range(count)
     ]
-    sampler = GroupedBatchSampler(
-        samples, micro_batch_size=10, group_size=5, num_batches=400, seed=0, shares=(0.7, 0.3)
-    )
+    sampler = GroupedBatchSampler(samples, micro_batch_size=10, group_size=5, num_steps=400, seed=0, shares=(0.7, 0.3))
     sources = np.array([[samples[i].source for i, _ in batch] for batch in sampler])
     for part in (sources[:50], sources[50:200], sources[200:]):
         assert part.mean() == pytest.approx(0.3, abs=0.02)
     counts = np.bincount([i for batch in sampler for i, _ in batch])
     assert np.ptp(counts[:10]) <= 1 and np.ptp(counts[10:]) <= 1  # within a source all are seen equally often
     with pytest.raises(ValueError, match=r"train_shares: file 3 has share 0.5 and no samples"):
-        GroupedBatchSampler(samples, micro_batch_size=10, group_size=5, num_batches=1, seed=0, shares=(0.3, 0.2, 0.5))
+        GroupedBatchSampler(samples, micro_batch_size=10, group_size=5, num_steps=1, seed=0, shares=(0.3, 0.2, 0.5))
 
 
 def test_each_pass_takes_one_view_set_of_a_scene(tmp_path):
@@ -188,7 +170,7 @@ def test_each_pass_takes_one_view_set_of_a_scene(tmp_path):
         for view_set in range(3)
         for _ in range(4)
     ]
-    sampler = GroupedBatchSampler(samples, micro_batch_size=4, group_size=4, num_batches=9, seed=0)
+    sampler = GroupedBatchSampler(samples, micro_batch_size=4, group_size=4, num_steps=9, seed=0)
     passes = np.array([[samples[batch[0][0]].record["images"][0] for batch in sampler]]).reshape(3, 3)
     for number in range(3):
         assert sorted(name[0] for name in passes[number]) == ["a", "b", "c"]

@@ -1,4 +1,4 @@
-"""The order of samples in a run: batches made of groups of samples that share their views."""
+"""The order of samples in a run: optimizer steps made of groups of samples that share their views."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
-from torch.utils.data import BatchSampler, Dataset
+from torch.utils.data import Dataset, Sampler
 
 from roomplan_lib.training.collator import Sample
 
@@ -26,13 +26,16 @@ class DrawnSamples(Dataset):
         return replace(self.samples[drawn[0]], draw=drawn[1])
 
 
-class GroupedBatchSampler(BatchSampler):
-    """All batches of a run: each `micro_batch_size // group_size` groups of up to `group_size` samples of one view set.
+class GroupedBatchSampler(Sampler[list[Draw]]):
+    """One process's micro-batches, each `micro_batch_size // group_size` groups of up to `group_size` samples of one
+    view set.
+
+    A step is drawn whole and then cut into `accumulation x world_size` micro-batches, of which a process takes every
+    `world_size`-th. So what a step holds depends on the seed and on its number of groups alone, not on how it is cut,
+    and a resumed run begins at `start_step`.
 
     One pass over a source shuffles every view set's samples, cuts them into groups and shuffles the groups; of a scene
-    with several view sets each pass takes one, in turn. A run is as many passes as `num_batches` needs. The order
-    depends on the seed alone, so a resumed run skips what it has seen, and ranks that take every n-th batch see
-    different samples.
+    with several view sets each pass takes one, in turn. A run is as many passes as its steps need.
 
     shares: share of the samples that come from each source (`Sample.source`), kept as even as whole groups allow
     throughout the run; () = all sources mixed as if one.
@@ -44,15 +47,19 @@ class GroupedBatchSampler(BatchSampler):
         *,
         micro_batch_size: int,
         group_size: int,
-        num_batches: int,
+        num_steps: int,
         seed: int,
         shares: Sequence[float] = (),
+        accumulation: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        start_step: int = 0,
     ) -> None:
         if not samples:
             raise ValueError("no samples to train on")
         self.groups_per_batch, self.group_size = micro_batch_size // group_size, group_size
-        self.batch_size, self.drop_last = micro_batch_size, False  # what data-parallel wrappers read
-        self.num_batches, self.seed = num_batches, seed
+        self.num_steps, self.start_step, self.seed = num_steps, start_step, seed
+        self.accumulation, self.rank, self.world_size = accumulation, rank, world_size
         self.shares = np.array(shares or (1.0,)) / sum(shares or (1.0,))
         # by source, by scene, by view set: the samples of it
         self.members: list[dict[tuple, dict[tuple, list[int]]]] = [{} for _ in self.shares]
@@ -67,22 +74,31 @@ class GroupedBatchSampler(BatchSampler):
                 raise ValueError(f"data.train_shares: file {source + 1} has share {share:g} and no samples")
 
     def __len__(self) -> int:
-        return self.num_batches
+        return (self.num_steps - self.start_step) * self.accumulation
 
     def __iter__(self) -> Iterator[list[Draw]]:
+        micro_batches = self.accumulation * self.world_size
+        for number, step in enumerate(self.steps()):
+            if number < self.start_step:
+                continue
+            for k in range(self.rank, micro_batches, self.world_size):
+                groups = step[k * self.groups_per_batch : (k + 1) * self.groups_per_batch]
+                yield [(int(i), draw) for members, draw in groups for i in members]
+
+    def steps(self) -> Iterator[list[tuple[np.ndarray, int]]]:
+        """Per step its groups: the indices of their samples, and the group's draw."""
         streams = [self._groups(source) for source in range(len(self.shares))]
         taken = np.zeros(len(self.shares))
         rng = np.random.default_rng((self.seed, 2**32 - 1))
-        for _ in range(self.num_batches):
-            batch = []
-            for _ in range(self.groups_per_batch):
+        for _ in range(self.num_steps):
+            step = []
+            for _ in range(self.groups_per_batch * self.accumulation * self.world_size):
                 # The source that lags furthest behind its share of what has been drawn.
                 source = int(np.argmax(self.shares * (taken.sum() + self.group_size) - taken))
                 group = next(streams[source])
                 taken[source] += len(group)
-                draw = int(rng.integers(2**31))
-                batch += [(int(i), draw) for i in group]
-            yield batch
+                step.append((group, int(rng.integers(2**31))))
+            yield step
 
     def _groups(self, source: int) -> Iterator[np.ndarray]:
         number = 0

@@ -1,31 +1,47 @@
-"""The training loop: Hugging Face's Trainer with our batches, parameter groups, metrics file and whole checkpoints."""
+"""The training loop: whole optimizer steps over all processes, watched, evaluated, saved, and stopped when asked."""
 
 from __future__ import annotations
 
-import json
-import shutil
+import math
+import resource
+import signal
+import statistics
 import time
-from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
 
-from roomplan_lib.config import RunConfig
-from roomplan_lib.files import write_whole
+from roomplan_lib.config import RunConfig, TrainingConfig
 from roomplan_lib.model.vlm import RoomPlanVLM
-from roomplan_lib.training.collator import Collator, Sample
-from roomplan_lib.training.sampler import DrawnSamples, GroupedBatchSampler
+from roomplan_lib.training import checkpoint as checkpoints
+from roomplan_lib.training.answers import Answer, greedy_answers, score_answers, summarise_answers
+from roomplan_lib.training.collator import IGNORE_INDEX, Collator, Sample
+from roomplan_lib.training.processes import Processes
+from roomplan_lib.training.sampler import Draw, DrawnSamples, GroupedBatchSampler
+from roomplan_lib.training.strategy import make_strategy
 
-CHECKPOINT_MARK = "trainer_state.json"  # the last file that a checkpoint gets
+RECENT = 50  # losses whose median says what is usual
+NAMED = 48  # samples that an error names at most
 
 
-class RoomPlanTrainer(Trainer):
-    """Steps are optimizer steps; the loss is averaged over the supervised tokens of a whole step."""
+@dataclass
+class Curve:
+    """What the log and the watch over the loss remember between two log entries; a checkpoint holds it."""
+
+    loss_sum: float = 0.0  # of the steps since the last entry
+    num_losses: int = 0
+    recent: list[float] = field(default_factory=list)  # losses of the last RECENT steps
+
+
+class RoomPlanTrainer:
+    """Steps are optimizer steps; the loss is the mean over the supervised tokens of a whole step, whatever cuts it.
+
+    A step costs two exchanges between the processes: its counts before, and its gradients with its loss after, which
+    is also the one time that the loop waits for the device.
+    """
 
     def __init__(
         self,
@@ -34,119 +50,361 @@ class RoomPlanTrainer(Trainer):
         collator: Collator,
         train_samples: list[Sample],
         eval_samples: list[Sample],
-        on_log: Callable[[dict], None] | None = None,
+        *,
+        processes: Processes | None = None,
+        accumulation: int | None = None,
+        on_entry: Callable[[dict], None] | None = None,
+        on_save: Callable[[int], None] | None = None,
+        wants_stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        settings = config.training
-        evaluate = bool(settings.eval_every_steps and eval_samples)
-        device = resolve_device(settings.device)
-        arguments = TrainingArguments(
-            output_dir=str(config.run_dir / "checkpoints"),
-            num_train_epochs=1,  # the sampler's one pass is the whole run
-            per_device_train_batch_size=settings.micro_batch_size,
-            per_device_eval_batch_size=settings.micro_batch_size,
-            gradient_accumulation_steps=settings.gradient_accumulation_steps,
-            lr_scheduler_type=settings.lr_scheduler,
-            learning_rate=settings.learning_rate,
-            warmup_steps=int(settings.warmup_ratio * settings.max_steps),
-            max_grad_norm=settings.max_grad_norm,
-            bf16=settings.bf16,
-            use_cpu=device == "cpu",
-            logging_steps=settings.log_every_steps,
-            logging_first_step=True,
-            logging_nan_inf_filter=False,  # a NaN loss is to be seen, not replaced by an average
-            eval_strategy="steps" if evaluate else "no",
-            eval_steps=settings.eval_every_steps or None,
-            save_strategy="steps",
-            save_steps=settings.save_every_steps,
-            dataloader_num_workers=config.data.num_workers,
-            dataloader_pin_memory=device == "cuda",
-            remove_unused_columns=False,
-            prediction_loss_only=True,
-            label_names=["labels"],
-            disable_tqdm=True,
-            report_to="none",
-            seed=config.seed,
-        )
-        self.config, self.train_samples = config, train_samples
-        self.counts = {"train": Counter(), "eval": Counter()}  # since the last log
-        if settings.gradient_checkpointing:
+        """accumulation: micro-batches of this process per step; the settings' gradient_accumulation_steps when left
+        out. on_entry: told each entry of the metrics, on every process, with equal numbers. on_save: told the step of
+        each checkpoint once it is whole. wants_stop: asked once per step.
+        """
+        self.config, self.model, self.collator = config, model, collator
+        self.train_samples, self.eval_samples = train_samples, eval_samples
+        self.processes = processes or Processes(torch.device("cpu"))
+        self.accumulation = accumulation or config.training.gradient_accumulation_steps
+        self.on_entry, self.on_save, self.wants_stop = on_entry, on_save, wants_stop
+        self.step, self.saved_step = 0, 0
+        self.curve = Curve()
+        if config.training.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        self._staging: str | None = None
-        super().__init__(
-            model=model,
-            args=arguments,
-            data_collator=collator,
-            train_dataset=train_samples,
-            eval_dataset=eval_samples or None,
-            callbacks=[MetricsFile(self, config, on_log)],
-        )
-        self.remove_callback(PrinterCallback)  # MetricsFile prints a line that people can read
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.config.training.micro_batch_size * self.accumulation * self.processes.world_size
 
     def get_train_dataloader(self) -> DataLoader:
+        """This process's micro-batches from the next step to the last."""
         settings = self.config.training
         sampler = GroupedBatchSampler(
             self.train_samples,
             micro_batch_size=settings.micro_batch_size,
             group_size=settings.group_size,
-            num_batches=settings.max_steps * settings.gradient_accumulation_steps * self.args.world_size,
+            num_steps=settings.max_steps,
             seed=self.config.seed,
             shares=self.config.data.train_shares,
+            accumulation=self.accumulation,
+            rank=self.processes.rank,
+            world_size=self.processes.world_size,
+            start_step=self.step,
         )
-        loader = DataLoader(
-            DrawnSamples(self.train_samples),
-            batch_sampler=sampler,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-        )
-        return self.accelerator.prepare(loader)
+        return self._loader(DrawnSamples(self.train_samples), sampler, self.collator)
 
-    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            self.optimizer = torch.optim.AdamW(
-                parameter_groups(self.model, self.config), betas=(0.9, 0.95), fused=self.args.device.type == "cuda"
+    def _loader(self, dataset, batches, collate) -> DataLoader:
+        return DataLoader(
+            dataset,
+            batch_sampler=batches,
+            collate_fn=collate,
+            num_workers=self.config.data.num_workers,
+            pin_memory=self.processes.device.type == "cuda",
+            generator=torch.Generator(),  # the loader's own: drawing its seed must not move the model's
+            worker_init_fn=_leave_signals,
+        )
+
+    def _read(self, loader: DataLoader) -> Iterator:
+        """The loader's batches. RuntimeError that says what to do when one of its processes dies."""
+        try:
+            yield from loader
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            reason = str(error).splitlines()[0]
+            raise RuntimeError(
+                f"a loader process died after step {self.step} ({reason}); it may have run out of memory: lower "
+                "data.num_workers or data.cache_scenes, and start the run again: it goes on from its newest checkpoint"
+            ) from error
+
+    # ------------------------------------------------------------------ the loop
+    def train(self, checkpoint=None, state: dict | None = None) -> None:
+        """Trains to the last step, or to the one after which a stop was asked for and saved (`step` tells), from a
+        checkpoint's folder and state where they are given.
+
+        Raises ValueError when the loss or gradient is no number or explodes, OSError when
+        a checkpoint cannot be written, RuntimeError when a loader process or another process of the run dies.
+        """
+        settings, processes = self.config.training, self.processes
+        groups = parameter_groups(self.model, self.config)
+        base_rates = [group["lr"] for group in groups]
+        # The language model's rate is the one that is logged, where it is trained.
+        shown = next((i for i, group in enumerate(groups) if group["name"] == "language_model"), 0)
+        if checkpoint is not None:
+            self.model.load_trained(checkpoint)
+        self.model.train()
+        self.strategy = make_strategy(self.config, self.model, groups, processes)
+        try:
+            if checkpoint is not None:
+                self._restore(checkpoint, state)
+            batches = self._micro_batches()
+            self.counts = _Counts(processes.device)
+            if checkpoint is not None and state["to_evaluate"] and self.eval_samples:
+                self._evaluate()
+            while self.step < settings.max_steps:
+                factor = schedule_factor(self.step, settings)
+                stop = self._make_step(batches, [rate * factor for rate in base_rates])
+                is_last = self.step == settings.max_steps
+                if self.step == 1 or self.step % settings.log_every_steps == 0 or is_last:
+                    self._log(base_rates[shown] * factor)
+                evaluates = settings.eval_every_steps and self.step % settings.eval_every_steps == 0
+                # Who asks for a stop may not wait as long as an evaluation takes: the next start makes it.
+                to_evaluate = bool(evaluates and stop and not is_last)
+                if evaluates and self.eval_samples and not to_evaluate:
+                    self._evaluate()
+                if stop or self.step % settings.save_every_steps == 0 or is_last:
+                    self._save(to_evaluate)
+                if stop:
+                    break
+        finally:
+            self.strategy.close()
+
+    def _micro_batches(self) -> Iterator[tuple[list[Draw], dict]]:
+        """This process's micro-batches and what is in them."""
+        loader = self.get_train_dataloader()
+        return zip(iter(loader.batch_sampler), self._read(loader), strict=True)
+
+    def _make_step(self, batches: Iterator[tuple[list[Draw], dict]], rates: list[float]) -> bool:
+        """One optimizer step; whether the processes have agreed to stop after it."""
+        drawn, micro_batches = zip(*(next(batches) for _ in range(self.accumulation)), strict=True)
+        num_supervised, num_samples, num_tokens, stops = self.processes.sum(
+            sum(count_supervised(batch) for batch in micro_batches),
+            sum(len(batch["input_ids"]) for batch in micro_batches),
+            sum(int(batch["attention_mask"].sum()) for batch in micro_batches),
+            self.wants_stop(),
+        )
+        losses = []
+        for i, batch in enumerate(micro_batches):
+            inputs = to_device(batch, self.processes.device)
+            losses.append(self.strategy.forward_backward(inputs, num_supervised, last=i == self.accumulation - 1))
+            self.counts.add_positions(self.model, inputs)
+        loss = self.strategy.reduce()
+        self._refuse_bad(loss, losses, drawn, micro_batches)
+        grad_norm = self.strategy.step(rates)
+        if not math.isfinite(grad_norm):
+            everyone = self._names([i for part in drawn for i, _ in part])
+            raise ValueError(
+                f"step {self.step + 1}: the gradient is not finite, though the loss is {loss:.4f}; its samples: "
+                f"{everyone}; lower the learning rates or training.max_grad_norm. Nothing of this step was saved"
             )
-        return self.optimizer
+        self.step += 1
+        self.counts.samples += num_samples
+        self.counts.tokens += num_tokens
+        self.curve.loss_sum += loss
+        self.curve.num_losses += 1
+        self.curve.recent = [*self.curve.recent[1 - RECENT :], loss]
+        self.grad_norm = grad_norm
+        self.counts.end_step()
+        return bool(stops)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss = model(**inputs, num_items_in_batch=num_items_in_batch).loss
-        counts = self.counts["train" if model.training else "eval"]
-        counts["samples"] += len(inputs["input_ids"])
-        counts["tokens"] += int(inputs["attention_mask"].sum())
-        if self.model.sets_with_positions is not None:
-            counts["samples_with_positions"] += int(self.model.sets_with_positions[inputs["scene_index"]].sum())
-        if not torch.isfinite(loss):
-            raise ValueError(f"step {self.state.global_step + 1}: the loss is {loss.item()}; lower the learning rates")
-        return (loss, None) if return_outputs else loss
+    def _refuse_bad(self, loss: float, losses: list[Tensor], drawn: tuple, micro_batches: tuple) -> None:
+        """ValueError, on all processes, for a loss that is no number or far above the usual ones."""
+        limit = math.inf
+        if self.config.training.explosion_factor and self.curve.recent:
+            limit = self.config.training.explosion_factor * statistics.median(self.curve.recent)
+        if math.isfinite(loss) and loss <= limit:
+            return
+        # Per micro-batch the loss per token, to find the ones to blame.
+        counts = [count_supervised(batch) for batch in micro_batches]
+        values = [value.item() / count for value, count in zip(losses, counts, strict=True)]
+        bad = [not math.isfinite(value) for value in values]
+        if not any(self.processes.gather(any(bad))):
+            worst = max(self.processes.gather(max(values)))
+            bad = [value == worst for value in values]
+        names = self._names([i for part, is_bad in zip(drawn, bad, strict=True) if is_bad for i, _ in part])
+        what, remedy = f"the loss is {loss}", "lower the learning rates"
+        if math.isfinite(loss):
+            usual = statistics.median(self.curve.recent)
+            what += (
+                f", more than training.explosion_factor ({self.config.training.explosion_factor:g}) times the median "
+                f"{usual:.4f} of the last {len(self.curve.recent)} steps"
+            )
+            remedy = "raise training.explosion_factor (0 = never stop) to go on, or lower the learning rates"
+        raise ValueError(
+            f"step {self.step + 1}: {what}; its samples: {names}; look at them, or {remedy}. "
+            "Nothing of this step was saved"
+        )
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        with torch.no_grad():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+    def _names(self, indices: list[int]) -> str:
+        """All processes' samples: index among the training samples, scene, question id."""
+        found = [i for part in self.processes.gather(sorted(set(indices))) for i in part]
+        texts = []
+        for i in found[:NAMED]:
+            record = self.train_samples[i].record
+            name = f" {record['question_id']}" if record.get("question_id") else ""
+            texts.append(f"{i} (scene {record['scene_id']}{name})")
+        return ", ".join(texts) + (f" and {len(found) - NAMED} more" if len(found) > NAMED else "")
 
-    # ------------------------------------------------------------------ checkpoints: whole or not at all
-    def _get_output_dir(self, trial) -> str:
-        return self._staging or self.args.output_dir
+    # ------------------------------------------------------------------ log and evaluation
+    def _log(self, learning_rate: float) -> None:
+        entry = {
+            "loss": self.curve.loss_sum / self.curve.num_losses,
+            "grad_norm": self.grad_norm,
+            "learning_rate": learning_rate,
+            **self.counts.entry(self.processes, self.model),
+        }
+        self.curve.loss_sum, self.curve.num_losses = 0.0, 0
+        self.counts.clear()
+        self._tell(entry)
 
-    def _save_checkpoint(self, model, trial) -> None:
-        """Saves under a temporary name and renames, then drops all but the newest `keep_checkpoints`."""
-        final = Path(self.args.output_dir)
-        self._staging = str(final / ".partial")
-        if self.args.should_save:
-            shutil.rmtree(self._staging, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            name = f"checkpoint-{self.state.global_step}"
-            shutil.rmtree(final / name, ignore_errors=True)
-            (Path(self._staging) / name).rename(final / name)
-            shutil.rmtree(self._staging)
-            for old in list_checkpoints(final)[: -self.config.training.keep_checkpoints]:
-                shutil.rmtree(old)
-        self._staging = None
+    def _tell(self, entry: dict) -> None:
+        if self.on_entry:
+            self.on_entry({"step": self.step} | entry)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        self.model.load_trained(resume_from_checkpoint)
+    def _evaluate(self) -> None:
+        """Held-out loss, the mean over all supervised tokens of the samples, each seen by one process once; then, for
+        the first `num_generated_samples` of them, scores of what the model answers."""
+        settings, processes = self.config.training, self.processes
+        self.model.eval()
+        counts = _Counts(processes.device)
+        total, num_supervised = torch.zeros((), dtype=torch.float64, device=processes.device), 0
+        for batch, is_own in self._shared_batches(self.eval_samples, settings.micro_batch_size, self.collator):
+            inputs, count = to_device(batch, processes.device), count_supervised(batch)
+            loss = self.strategy.evaluate(inputs, count)
+            if is_own:
+                total += loss.double() * count
+                num_supervised += count
+                counts.samples += len(batch["input_ids"])
+                counts.add_positions(self.model, inputs)
+        loss_sum, num_supervised, counts.samples = processes.sum(total.item(), num_supervised, counts.samples)
+        entry = {"eval_loss": loss_sum / num_supervised} | counts.positions_entry(processes, self.model)
+        if count := settings.num_generated_samples:
+            entry |= self._answer(self.eval_samples[:: max(1, len(self.eval_samples) // count)][:count])
+        self.model.train()
+        self.counts.restart_clock()
+        self._tell(entry)
+
+    def _answer(self, samples: list[Sample]) -> dict[str, float]:
+        def collate(part: list[Sample]) -> tuple[list[Sample], dict]:
+            return part, self.collator(part, generate=True)
+
+        answers: list[Answer] = []
+        size = self.config.prediction.batch_size
+        for (part, batch), is_own in self._shared_batches(samples, size, collate):
+            texts = greedy_answers(
+                self.model,
+                self.collator.tokenizer,
+                to_device(batch, self.processes.device),
+                max_new_tokens=self.config.prediction.max_new_tokens,
+                synced=self.config.distributed.strategy == "zero3" and self.processes.world_size > 1,
+                bf16=self.config.training.bf16,
+            )
+            if is_own:
+                answers += score_answers(part, texts, self.collator.data.codec)
+        return summarise_answers([answer for part in self.processes.gather(answers) for answer in part])
+
+    def _shared_batches(self, samples: list[Sample], size: int, collate) -> Iterator[tuple]:
+        """This process's batches of `samples`, and whether each is its own: under ZeRO-3 all processes work on each
+        batch together, so one that has fewer repeats its first without counting it."""
+        parts = [range(i, min(i + size, len(samples))) for i in range(0, len(samples), size)]
+        own = [list(part) for part in parts[self.processes.rank :: self.processes.world_size]]
+        num_own = len(own)
+        if self.config.distributed.strategy == "zero3":
+            own += [list(parts[0])] * (math.ceil(len(parts) / self.processes.world_size) - num_own)
+        for i, batch in enumerate(self._read(self._loader(samples, own, collate))):
+            yield batch, i < num_own
+
+    # ------------------------------------------------------------------ checkpoints
+    def _save(self, to_evaluate: bool) -> None:
+        """A whole checkpoint of this step, written by the first process; OSError on all of them when it cannot be.
+
+        to_evaluate: the start that goes on from it begins with this step's evaluation.
+        """
+        if self.saved_step == self.step:
+            return
+        weights, moments = self.strategy.weights(), self.strategy.moments()
+        random = checkpoints.random_state(self.processes)
+        state = {
+            "step": self.step,
+            "world_size": self.processes.world_size,
+            "strategy": self.config.distributed.strategy,
+            "global_batch_size": self.global_batch_size,
+            "curve": vars(self.curve),
+            "to_evaluate": to_evaluate,
+        }
+        folder, keep = self.config.run_dir / "checkpoints", self.config.training.keep_checkpoints
+        tokenizer = self.collator.tokenizer
+        save = checkpoints.save_checkpoint
+        self.processes.on_first(save, folder, self.model, tokenizer, weights, moments, random, state, keep)
+        self.saved_step = self.step
+        self.counts.restart_clock()
+        if self.on_save:
+            self.on_save(self.step)
+
+    def _restore(self, checkpoint, state: dict) -> None:
+        self.step = self.saved_step = state["step"]
+        self.curve = Curve(**state["curve"])
+        self.strategy.load_moments(checkpoints.load_tensors(checkpoint, checkpoints.OPTIMIZER), self.step)
+        random = checkpoints.load_tensors(checkpoint, checkpoints.RANDOM)
+        checkpoints.restore_random_state(random, self.processes)
+
+
+class _Counts:
+    """What the steps since the last log entry have seen, over all processes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.with_positions = torch.zeros((), dtype=torch.long, device=device)  # of this process; read when logged
+        self.clear()
+
+    def clear(self) -> None:
+        self.samples, self.tokens, self.seconds = 0.0, 0.0, 0.0
+        self.with_positions.zero_()
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leaves out what was done since a step ended: evaluation, saving."""
+        self.started = time.monotonic()
+
+    def end_step(self) -> None:
+        self.seconds += time.monotonic() - self.started
+        self.started = time.monotonic()
+
+    def add_positions(self, model: RoomPlanVLM, inputs: dict) -> None:
+        """Counts the samples of which at least one patch had coordinates."""
+        if model.sets_with_positions is not None:
+            self.with_positions += model.sets_with_positions[inputs["scene_index"]].sum()
+
+    def entry(self, processes: Processes, model: RoomPlanVLM) -> dict:
+        """Rates over all processes, the largest process's peak memory in 10**9 bytes, share with 3D positions."""
+        if processes.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(processes.device)
+        else:
+            memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts it in KiB
+        seconds = max(self.seconds, 1e-9)
+        return {
+            "samples_per_s": round(self.samples / seconds, 2),
+            "tokens_per_s": round(self.tokens / seconds, 1),
+            "memory_gb": round(max(processes.gather(memory)) / 1e9, 3),
+            **self.positions_entry(processes, model),
+        }
+
+    def positions_entry(self, processes: Processes, model: RoomPlanVLM) -> dict:
+        if model.positions is None:
+            return {}
+        (count,) = processes.sum(self.with_positions.item())
+        return {"samples_with_positions": round(count / self.samples, 4)}
+
+
+def _leave_signals(_worker: int) -> None:
+    """In a loader process: a signal to the whole process group asks the trainer for a stop, which still needs it."""
+    for kind in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(kind, signal.SIG_IGN)
+
+
+def count_supervised(batch: dict) -> int:
+    """Tokens of a batch that the loss is taken over."""
+    return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+
+
+def schedule_factor(step: int, settings: TrainingConfig) -> float:
+    """What the learning rates are multiplied with in the step after `step` steps; as transformers' schedules, so the
+    first step of a warm-up has 0."""
+    warmup = int(settings.warmup_ratio * settings.max_steps)
+    if step < warmup:
+        return step / warmup
+    if settings.lr_scheduler == "constant_with_warmup":
+        return 1.0
+    progress = (step - warmup) / max(1, settings.max_steps - warmup)
+    return 1.0 - progress if settings.lr_scheduler == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def parameter_groups(model: RoomPlanVLM, config: RunConfig) -> list[dict]:
@@ -172,93 +430,10 @@ def parameter_groups(model: RoomPlanVLM, config: RunConfig) -> list[dict]:
     return groups
 
 
-def resolve_device(name: str) -> str:
-    """cpu or cuda for auto, cpu or cuda. ValueError for another name, or for cuda where there is none."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device: expected auto, cpu or cuda, got {name!r}")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: cuda is asked for, but torch finds no CUDA device; use cpu or auto")
-    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    found = [path for path in folder.glob("checkpoint-*") if (path / CHECKPOINT_MARK).is_file()]
-    return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
-
-
-class MetricsFile(TrainerCallback):
-    """Writes each log to metrics.jsonl and TensorBoard, prints a line with rate and ETA, tells a listener."""
-
-    def __init__(self, trainer: RoomPlanTrainer, config: RunConfig, listener: Callable[[dict], None] | None) -> None:
-        self.trainer, self.listener = trainer, listener
-        self.path = config.run_dir / "metrics.jsonl"
-        self.max_steps = config.training.max_steps
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        kept = [entry for entry in read_metrics(self.path) if entry["step"] <= state.global_step]
-        if state.is_world_process_zero:
-            write_whole(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
-            self.board = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=state.global_step + 1)
-        self.earlier = kept[-1]["elapsed_s"] if kept else 0.0  # seconds that the run took before it was stopped
-        self.start_step, self.start_time = state.global_step, time.monotonic()
-        self.last_time = self.start_time
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if not state.is_world_process_zero or not {"loss", "eval_loss"} & set(logs):
-            return
-        now = time.monotonic()
-        entry = {"step": state.global_step, "elapsed_s": round(self.earlier + now - self.start_time, 2)}
-        counts, with_positions = self.trainer.counts["train" if "loss" in logs else "eval"], ""
-        if self.trainer.model.positions is not None:
-            share = round(counts["samples_with_positions"] / counts["samples"], 4)
-            with_positions = f"  3D positions {share:.0%}"
-        if "loss" in logs:
-            seconds = max(now - self.last_time, 1e-9)
-            entry |= {"loss": logs["loss"], "grad_norm": logs["grad_norm"], "learning_rate": logs["learning_rate"]}
-            entry |= {
-                "samples_per_s": round(counts["samples"] / seconds, 2),
-                "tokens_per_s": round(counts["tokens"] / seconds, 1),
-            }
-            rate = (state.global_step - self.start_step) / (now - self.start_time)
-            eta = (self.max_steps - state.global_step) / rate
-            print(
-                f"step {state.global_step:>6}/{self.max_steps}  loss {entry['loss']:.4f}  "
-                f"{entry['samples_per_s']:.1f} samples/s  {entry['tokens_per_s']:.0f} tokens/s{with_positions}  "
-                f"ETA {int(eta) // 60:02d}:{int(eta) % 60:02d}",
-                flush=True,
-            )
-        else:
-            entry["eval_loss"] = logs["eval_loss"]
-            print(
-                f"step {state.global_step:>6}/{self.max_steps}  held-out loss {entry['eval_loss']:.4f}{with_positions}",
-                flush=True,
-            )
-        if with_positions:
-            entry["samples_with_positions"] = share  # of 1: those of which at least one patch had coordinates
-        self.last_time = time.monotonic()
-        for counter in self.trainer.counts.values():
-            counter.clear()
-        with self.path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
-        for name in entry.keys() - {"step", "elapsed_s"}:
-            self.board.add_scalar(name, entry[name], state.global_step)
-        if self.listener:
-            self.listener(entry)
-
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        if state.is_world_process_zero:
-            self.board.close()
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """Entries of a metrics.jsonl, [] when there is none; a last line cut off by a kill is left out."""
-    if not path.is_file():
-        return []
-    entries = []
-    for line in path.read_text().splitlines():
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return entries
+def to_device(value, device: torch.device):
+    """A batch with its tensors, also those in lists, on `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {key: to_device(v, device) for key, v in value.items()}
+    return [to_device(v, device) for v in value] if isinstance(value, list) else value
