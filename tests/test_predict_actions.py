@@ -7,7 +7,14 @@ import pytest
 
 from roomplan_lib.actions import ActionError, ActionList, NoAction, PlanRoom, parse_action
 from roomplan_lib.actions.decoding import GrammarEngine
-from roomplan_lib.evaluation.predict import Constraint, predict, predict_run, training_grammar, used_language
+from roomplan_lib.evaluation.predict import (
+    Constraint,
+    predict,
+    predict_rows,
+    predict_run,
+    training_grammar,
+    used_language,
+)
 from roomplan_lib.evaluation.scores import read_predictions, score_run
 from roomplan_lib.samples import read_samples, sample_root, write_samples
 from roomplan_lib.samples.prepare import prepare_arkitscenes
@@ -90,6 +97,30 @@ def test_too_few_tokens_are_one_error_and_what_is_cut_off_says_so(tiny_config, a
         assert row["error"] == "cut off after 12 tokens" and row["action"] is None and row["finished"] is False
     assert "3 of 3 actions were cut off after 12 tokens" in capsys.readouterr().out
     assert all("error" not in row and row["action"] is not None and row["finished"] is True for row in whole)
+
+
+def test_neither_split_nor_batch_changes_an_action_held_to_the_grammar(tiny_config, action_files):
+    config = run_config(tiny_config, {name: action_files[name] for name in ("anchors_train", "anchors_val")})
+    config = dataclasses.replace(config, prediction=dataclasses.replace(config.prediction, num_scenes=0))
+    train(config)
+    samples = load_samples(config.data.eval_paths)[:9]
+    model, tokenizer = load_model_folder(config.run_dir / "model")
+    engine = GrammarEngine(tokenizer, model.language_model.config.vocab_size)
+    records = [record for file in config.data.train_paths for record in read_samples(file)]
+    grammar = training_grammar(records, "lark", "m2")
+    settings = {"max_new_tokens": grammar.num_tokens, "constraint": Constraint(engine, grammar)}
+
+    def rows(batch_size, *parts):
+        collator = make_collator(model, tokenizer)
+        made = [
+            predict_rows(model, tokenizer, collator, samples, part, batch_size=batch_size, **settings) for part in parts
+        ]
+        return sorted((row for part in made for batch in part for row in batch), key=lambda row: row["index"])
+
+    whole, split = rows(9, range(9)), rows(2, [8, 0, 3], [1, 2, 4, 5, 6, 7])
+    for row, other in zip(whole, split, strict=True):
+        assert row.pop("confidence") == pytest.approx(other.pop("confidence"), abs=1e-5)
+        assert row == other and row["finished"]
 
 
 def test_the_grammar_holds_what_training_uses(action_files):

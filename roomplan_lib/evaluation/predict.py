@@ -2,36 +2,46 @@
 
 from __future__ import annotations
 
-import json
+import os
 import sys
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import yaml
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from roomplan_lib.actions import ActionError, ActionList, PlaceAnchor, PlanRoom, action_record, parse_action
+from roomplan_lib.actions import ActionList, PlaceAnchor, PlanRoom
 from roomplan_lib.actions.decoding import GrammarEngine, confidences, generate_constrained
 from roomplan_lib.actions.grammar import ActionGrammar
-from roomplan_lib.config import RunConfig
-from roomplan_lib.evaluation import CONTROLS, manifest_file, predictions_file, read_manifest
-from roomplan_lib.files import file_hash, write_whole
-from roomplan_lib.geometry import invert_pose
+from roomplan_lib.config import RunConfig, to_dict
+from roomplan_lib.evaluation import CONTROLS, predictions_file
+from roomplan_lib.evaluation.parts import (
+    Part,
+    PartFile,
+    is_current,
+    merge_parts,
+    remove_parts,
+    run_parts,
+    split_rows,
+)
+from roomplan_lib.evaluation.rows import prediction_row
+from roomplan_lib.files import file_hash
 from roomplan_lib.model.vlm import RoomPlanVLM
 from roomplan_lib.samples import read_samples
-from roomplan_lib.samples.targets import question_text, response_text, sample_world_to_reference, scene_action
+from roomplan_lib.samples.targets import scene_action
 from roomplan_lib.scenes import CATEGORIES
+from roomplan_lib.training.checkpoint import list_checkpoints
 from roomplan_lib.training.collator import Collator, Sample, load_samples
+from roomplan_lib.training.processes import resolve_device
 from roomplan_lib.training.run import load_model_folder, make_collator, make_model, make_tokenizer, open_run
-from roomplan_lib.training.trainer import list_checkpoints, resolve_device
+from roomplan_lib.training.trainer import to_device
 
 BATCH_KEYS = ("input_ids", "attention_mask", "scene_index")
-KEPT_KEYS = (
-    "situation", "answers", "question_id", "source", "split", "question_type", "eval_type", "protocol", "object_ids",
-)  # fmt: skip
 
 
 def predict_run(
@@ -42,6 +52,8 @@ def predict_run(
     max_new_tokens: int | None = None,
     constrained: str | None = None,
     device: str | None = None,
+    part: Part | None = None,
+    num_processes: int | None = None,
 ) -> Path:
     """Predictions of a run on its `data.eval_files`: predictions.jsonl and predictions_<control>.jsonl in one folder.
 
@@ -49,9 +61,90 @@ def predict_run(
     None = the run's trained model, else its newest checkpoint. The other arguments override the config's.
     The folder is the run's own; with a checkpoint or other settings than the config's it is one below
     `predictions/` that is named after them, so that nothing passes for the run's result that is not.
-    Files made by the same weights from the same samples and settings are reused.
-    Raises ValueError when there is nothing to load, the device is not there, or the tokens cannot hold one action.
+    Files made by the same weights from the same samples and settings are reused, and a stopped call goes on behind the
+    last row that it wrote.
+    part: make the rows of this part alone and leave them for `merge_run`. num_processes: so many parts at a time, each
+    in a process (and on a GPU) of its own, and merged; 0 = one per GPU; None = `distributed.num_processes`.
+    Raises ValueError when there is nothing to load, the device is not there, or the tokens cannot hold one action;
+    ChildProcessError when a process of several failed.
     """
+    job = make_job(config, checkpoint, num_scenes, max_new_tokens, constrained, device)
+    if part is None:
+        gpus = visible_gpus() if job.device == "cuda" else []
+        count = (config.distributed.num_processes if num_processes is None else num_processes) or len(gpus) or 1
+        if count > 1:
+            options = {
+                "--checkpoint": checkpoint, "--num-scenes": num_scenes, "--max-new-tokens": max_new_tokens,
+                "--constrained": constrained, "--device": job.device,
+            }  # fmt: skip
+            if missing := job.missing():
+                settings = yaml.safe_dump(to_dict(config), sort_keys=False)
+                run_parts(settings, options, list(missing.values()), len(job.samples), count, gpus)
+        else:
+            make_part(job, Part(1, 1))
+        merge_job(job, count)
+    elif num_processes is not None:
+        raise ValueError("part and num_processes: give one; a part is made by one process")
+    else:
+        make_part(job, part)
+    return job.folder
+
+
+def merge_run(
+    config: RunConfig,
+    checkpoint: str | Path | None = None,
+    *,
+    num_parts: int,
+    num_scenes: int | None = None,
+    max_new_tokens: int | None = None,
+    constrained: str | None = None,
+) -> Path:
+    """Puts the parts together that `predict_run` made one by one with the same arguments; returns the folder.
+
+    Raises ValueError for parts that `merge_parts` refuses.
+    """
+    job = make_job(config, checkpoint, num_scenes, max_new_tokens, constrained, "cpu")
+    merge_job(job, num_parts)
+    return job.folder
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What the arguments of `predict_run` come to."""
+
+    config: RunConfig
+    folder: Path  # where the predictions go
+    weights: Path | None  # folder with the model's weights; None = the model before training
+    pool: list[Sample]  # all held-out samples, of which the shuffled control shows views
+    samples: list[Sample]
+    max_new_tokens: int
+    constrained: str
+    device: str
+    fingerprint: dict  # what the manifest of the predictions says they were made from
+
+    @property
+    def paths(self) -> dict[str, Path]:
+        """The predictions file of each control."""
+        return {name: predictions_file(self.folder, name) for name in ("model", *self.config.prediction.controls)}
+
+    def missing(self) -> dict[str, Path]:
+        """Those of `paths` that are not there yet or were made from something else."""
+        return {name: path for name, path in self.paths.items() if not is_current(path, self.fingerprint)}
+
+    def split(self, num_parts: int) -> list[list[int]]:
+        """The indices of the samples of each part."""
+        return split_rows([sample.record["scene_id"] for sample in self.samples], num_parts)
+
+
+def make_job(
+    config: RunConfig,
+    checkpoint: str | Path | None,
+    num_scenes: int | None,
+    max_new_tokens: int | None,
+    constrained: str | None,
+    device: str | None,
+) -> Job:
+    """The job of these arguments, see `predict_run`; the run's folder is opened where it is new."""
     settings = config.prediction
     folder = predictions_folder(config, checkpoint, num_scenes, max_new_tokens, constrained)
     num_scenes = settings.num_scenes if num_scenes is None else num_scenes
@@ -61,7 +154,6 @@ def predict_run(
     if not config.data.eval_paths:
         raise ValueError("data.eval_files is empty; name the files of held-out samples to predict on")
     pool = load_samples(config.data.eval_paths)
-    samples = first_scenes(pool, num_scenes)
     weights = find_weights(config, checkpoint)
     if not (config.run_dir / "run.yaml").is_file():
         open_run(config)
@@ -74,40 +166,74 @@ def predict_run(
         "max_new_tokens": max_new_tokens,
         "constrained": constrained,
     }
-    paths = {name: predictions_file(folder, name) for name in ("model", *settings.controls)}
-    made = {name: path for name, path in paths.items() if not is_current(path, fingerprint)}
-    if made:
-        if weights:
-            model, tokenizer = load_model_folder(weights)
+    if config.data.features.folder:  # which are rounded to this
+        fingerprint["features"] = config.data.features.dtype
+    samples = first_scenes(pool, num_scenes)
+    return Job(config, folder, weights, pool, samples, max_new_tokens, constrained, device, fingerprint)
+
+
+def make_part(job: Job, part: Part) -> None:
+    """Makes the rows of a part that are not there yet, of every control, each batch written as it is done."""
+    config, settings = job.config, job.config.prediction
+    rows = job.split(part.count)[part.number - 1]
+    with ExitStack() as stack:
+        files = {
+            name: stack.enter_context(PartFile(path, part, rows, job.fingerprint))
+            for name, path in job.missing().items()
+        }
+        num_todo = sum(len(file.todo) for file in files.values())
+        if not num_todo:
+            return
+        if job.weights:
+            model, tokenizer = load_model_folder(job.weights)
         else:
             tokenizer = make_tokenizer(config, load_samples(config.data.train_paths))
             model = make_model(config, tokenizer)
-        model.to(device).eval()
-        collator = make_collator(model, tokenizer, config.data if weights is None else None)
+        model.to(job.device).eval()
+        collator = make_collator(model, tokenizer, config.data if job.weights is None else None, config.data.features)
         constraint = None
-        if constrained != "none":
-            engine = GrammarEngine(tokenizer, model.language_model.config.vocab_size, constrained)
+        if job.constrained != "none":
+            engine = GrammarEngine(tokenizer, model.language_model.config.vocab_size, job.constrained)
             records = (record for file in config.data.train_paths for record in read_samples(file))
             constraint = Constraint(engine, training_grammar(records, engine.grammar_kind, collator.data.codec))
-            constraint.grammar.require(max_new_tokens)
-    for name, path in made.items():
-        rows = predict(
-            model,
-            tokenizer,
-            collator,
-            samples,
-            control=name,
-            pool=pool,
-            max_new_tokens=max_new_tokens,
-            batch_size=settings.batch_size,
-            constraint=constraint,
-        )
-        write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
-        manifest = {"sha256": file_hash(path), "made_from": fingerprint}
-        write_whole(manifest_file(path), json.dumps(manifest, indent=1) + "\n")
-    for name in paths.keys() - made.keys():
-        print(f"{paths[name]}: same weights, samples and settings, reused")
-    return folder
+            constraint.grammar.require(job.max_new_tokens)
+        label = "predict" if part.count == 1 else f"predict {part}"
+        total = len(rows) * len(files)
+        with tqdm(total=total, initial=total - num_todo, desc=label, unit="sample", file=sys.stdout) as bar:
+            for name, file in files.items():
+                bar.set_postfix_str(name)
+                made = predict_rows(
+                    model,
+                    tokenizer,
+                    collator,
+                    job.samples,
+                    file.todo,
+                    control=name,
+                    pool=job.pool,
+                    max_new_tokens=job.max_new_tokens,
+                    batch_size=settings.batch_size,
+                    constraint=constraint,
+                )
+                for batch in made:
+                    file.append(batch)
+                    bar.update(len(batch))
+
+
+def merge_job(job: Job, num_parts: int) -> None:
+    """Predictions files from their parts; those that are there from the same weights, samples and settings stay."""
+    missing = job.missing()
+    for name, path in job.paths.items():
+        if name in missing:
+            merge_parts(path, job.fingerprint, job.split(num_parts))
+        else:
+            remove_parts(path, num_parts)
+            print(f"{path}: same weights, samples and settings, reused")
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls the GPUs of this process, or their numbers."""
+    count = torch.cuda.device_count()
+    return (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))).split(",")[:count]
 
 
 def predictions_folder(
@@ -174,28 +300,43 @@ def training_grammar(records: Iterable[dict], kind: str, codec: str) -> ActionGr
     return ActionGrammar(kind, verbs, None, categories, codec, used.longest, items or None)
 
 
-def is_current(path: Path, fingerprint: dict) -> bool:
-    """Whether the predictions at `path` are whole and were made from this."""
-    manifest = read_manifest(path)
-    return manifest is not None and manifest == {"sha256": file_hash(path), "made_from": fingerprint}
-
-
 def predict(
     model: RoomPlanVLM,
     tokenizer: PreTrainedTokenizerBase,
     collator: Collator,
     samples: list[Sample],
     *,
+    progress: bool = True,
+    **settings,
+) -> list[dict]:
+    """The rows of all samples, in order, as `predict_rows` makes them with these settings; progress: show a bar."""
+    label = f"predict ({settings.get('control', 'model')})"
+    rows = []
+    with tqdm(total=len(samples), desc=label, unit="sample", disable=not progress, file=sys.stdout) as bar:
+        for made in predict_rows(model, tokenizer, collator, samples, **settings):
+            rows += made
+            bar.update(len(made))
+    return sorted(rows, key=lambda row: row["index"])
+
+
+def predict_rows(
+    model: RoomPlanVLM,
+    tokenizer: PreTrainedTokenizerBase,
+    collator: Collator,
+    samples: list[Sample],
+    indices: Sequence[int] | None = None,
+    *,
     control: str = "model",
     pool: list[Sample] | None = None,
     max_new_tokens: int = 96,
     batch_size: int = 64,
     constraint: Constraint | None = None,
-    progress: bool = True,
-) -> list[dict]:
-    """One row per sample, in order: index, scene_id, task, question, prediction and reference (texts; actions in the
-    reference frame), view_ids, and what the record says of situation, answers, source and kind of question.
+) -> Iterator[list[dict]]:
+    """Batches of rows, one row for each of `samples`, or for those of `indices`; in an order that saves work.
 
+    A row: index (in `samples`), scene_id, task, question, prediction and reference (texts; actions in the reference
+    frame), view_ids, and what the record says of situation, answers, source and kind of question. What it says does not
+    depend on the rows that it is made with.
     Rows of action samples also have `action` (None and an `error` where the text is none) and `reference_action`, as
     `action_record` makes them, in the scene's frame. With a constraint they have `confidence` (one per action of the
     text), `unconstrained`, what the same model writes without it, and `finished`; of one that is not, which only a
@@ -206,54 +347,53 @@ def predict(
     if control not in CONTROLS:
         raise ValueError(f"control: expected one of {', '.join(CONTROLS)}, got {control!r}")
     # Questions of a scene share its encoding; actions go by kind first: a batch takes as long as its longest text.
-    order = sorted(range(len(samples)), key=lambda i: _place(samples[i]))
+    order = sorted(range(len(samples)) if indices is None else indices, key=lambda i: _place(samples[i]))
     shown = other_scenes(samples, pool or samples) if control == "shuffled" else samples
-    texts: dict[int, str] = {}
-    extra: dict[int, dict] = {}
-    label = f"predict ({control})"
-    with tqdm(total=len(samples), desc=label, unit="sample", disable=not progress, file=sys.stdout) as bar:
-        for start in range(0, len(order), batch_size):
-            part = order[start : start + batch_size]
-            batch = collator(
-                [samples[i] for i in part],
-                generate=True,
-                blind=control == "blind",
-                views=[shown[i] for i in part],
-            )
-            batch = to_device(batch, model.device)
-            inputs = {key: batch.pop(key) for key in BATCH_KEYS if key in batch}
-            prompt = model.prompt_embeddings(inputs["input_ids"], inputs.get("scene_index"), batch)
-            mask = inputs["attention_mask"]
-            ids = model.language_model.generate(
-                inputs_embeds=prompt,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-            texts |= zip(part, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True)
-            held = [k for k, i in enumerate(part) if constraint and "instruction" in samples[i].record]
-            if held:
-                grammars = [constraint.grammar] * len(held)
-                generation = generate_constrained(
-                    model.language_model, prompt[held], mask[held], constraint.engine, grammars,
-                    max_new_tokens=max_new_tokens,
-                )  # fmt: skip
-                written = tokenizer.batch_decode(generation.ids, skip_special_tokens=True)
-                finished = generation.finished.tolist()
-                found = confidences(generation, tokenizer)
-                for k, text, confidence, ended in zip(held, written, found, finished, strict=True):
-                    of_row = {"unconstrained": texts[part[k]], "confidence": confidence, "finished": ended}
-                    cut = {"action": None, "error": f"cut off after {max_new_tokens} tokens"}
-                    extra[part[k]] = of_row if ended else of_row | cut
-                    texts[part[k]] = text
-            bar.update(len(part))
-    if num_cut := sum(not row["finished"] for row in extra.values()):
-        print(f"{label}: {num_cut} of {len(extra)} actions were cut off after {max_new_tokens} tokens; allow more")
     codec = collator.data.codec
     categories = used_language(sample.record for sample in samples).categories
-    return [_row(i, sample.record, texts[i], codec, categories) | extra.get(i, {}) for i, sample in enumerate(samples)]
+    num_actions = num_cut = 0
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        batch = collator(
+            [samples[i] for i in part], generate=True, blind=control == "blind", views=[shown[i] for i in part]
+        )
+        batch = to_device(batch, model.device)
+        inputs = {key: batch.pop(key) for key in BATCH_KEYS if key in batch}
+        prompt = model.prompt_embeddings(inputs["input_ids"], inputs.get("scene_index"), batch)
+        mask = inputs["attention_mask"]
+        ids = model.language_model.generate(
+            inputs_embeds=prompt,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        extra: list[dict] = [{} for _ in part]
+        held = [k for k, i in enumerate(part) if constraint and "instruction" in samples[i].record]
+        if held:
+            grammars = [constraint.grammar] * len(held)
+            generation = generate_constrained(
+                model.language_model, prompt[held], mask[held], constraint.engine, grammars,
+                max_new_tokens=max_new_tokens,
+            )  # fmt: skip
+            written = tokenizer.batch_decode(generation.ids, skip_special_tokens=True)
+            finished = generation.finished.tolist()
+            found = confidences(generation, tokenizer)
+            for k, text, confidence, ended in zip(held, written, found, finished, strict=True):
+                extra[k] = {"unconstrained": texts[k], "confidence": confidence, "finished": ended}
+                if not ended:
+                    extra[k] |= {"action": None, "error": f"cut off after {max_new_tokens} tokens"}
+                texts[k] = text
+            num_actions, num_cut = num_actions + len(held), num_cut + finished.count(False)
+        rows = zip(part, texts, extra, strict=True)
+        yield [prediction_row(i, samples[i].record, text, codec, categories) | more for i, text, more in rows]
+    if num_cut:
+        print(
+            f"predict ({control}): {num_cut} of {num_actions} actions were cut off after {max_new_tokens} tokens; "
+            "allow more"
+        )
 
 
 def _place(sample: Sample) -> tuple[str, str, str]:
@@ -298,35 +438,3 @@ def find_weights(config: RunConfig, checkpoint: str | Path | None) -> Path | Non
     if not candidates:
         raise ValueError(f"{config.run_dir} holds no trained model; train the run, or predict with checkpoint 'base'")
     return candidates[0]
-
-
-def to_device(value, device: torch.device):
-    """A batch with its tensors, also those in lists, on `device`."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: to_device(v, device) for key, v in value.items()}
-    return [to_device(v, device) for v in value] if isinstance(value, list) else value
-
-
-def _row(index: int, record: dict, text: str, codec: str, categories: set[str]) -> dict:
-    row = {
-        "index": index,
-        "scene_id": record["scene_id"],
-        "task": record["task"],
-        "question": question_text(record, codec=codec),
-        "prediction": text,
-        "reference": "" if record.get("answers") == [] else response_text(record, codec=codec),
-    }
-    row |= {key: record[key] for key in KEPT_KEYS if record.get(key) is not None}
-    if "action_json" in record:
-        reference_to_world = invert_pose(sample_world_to_reference(record))
-        action = parse_action(text, categories, codec)
-        if isinstance(action, ActionError):
-            row |= {"action": None, "error": action.reason}
-        else:
-            action = action.transformed(reference_to_world).bound(record["scene_id"])
-            row["action"] = action_record(action)
-        row["reference_action"] = action_record(scene_action(record))
-        row |= {} if codec == "m2" else {"codec": codec}
-    return row | {"view_ids": record.get("view_ids")}
