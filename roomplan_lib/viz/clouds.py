@@ -1,4 +1,4 @@
-"""Coloured points of a scene from the depth and colour images of its views. NumPy only."""
+"""Coloured points of a scene: from the depth and colour images of its views, or from its mesh."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from roomplan_lib.geometry import resize_intrinsics, unproject
+from roomplan_lib.geometry import unproject
+from roomplan_lib.samples.views import depth_intrinsics
 from roomplan_lib.scenes import Scene, View
 
 MAX_PIXELS = 1_300_000  # read from all views together; more are thinned evenly
 MAX_JUMP = 0.06  # share of its depth by which a pixel's neighbours may differ; beyond is the rim between two surfaces
 SMALLEST_VOXEL = 0.01  # metres
+MESH_POINTS = 400_000  # drawn from a mesh
 BACKDROP_VIEWS = 24
 FLOOR_PERCENTILE = 1.0  # of the points' heights
 
@@ -71,17 +73,39 @@ def backdrop(scene: Scene, views: list[View]) -> Surfels:
     return scene_surfels(scene, [view.view_id for view in views] + picked)
 
 
+def scene_surface(scene: Scene, views: list[View]) -> tuple[Surfels | None, str]:
+    """What there is to show of a scene's surface, and where it comes from, in words.
+
+    The depth of `views`, of those that have one; else the scene's mesh; else None.
+    """
+    deep = [view.view_id for view in views if view.posed and view.depth_path is not None]
+    if deep:
+        return scene_surfels(scene, deep), f"depth of {len(deep)} views"
+    if scene.mesh_path is not None:
+        from roomplan_lib.viz.meshes import mesh_surfels, scene_mesh  # imports this module
+
+        return mesh_surfels(scene_mesh(scene), MESH_POINTS), "mesh"
+    return None, "neither depth nor mesh"
+
+
 def scene_cloud(
     scene: Scene, max_points: int = 40_000, view_ids: list[str] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """(points float32 [N, 3] metres in the world frame, colors uint8 [N, 3]), N <= max_points.
 
-    One mean point per voxel; the voxels, 1 cm or more, are as large as `max_points` asks for. Deterministic.
-    Raises ValueError for a view without depth and for max_points < 1.
+    The views' depth, thinned by `thin_surfels`. Raises ValueError for a view without depth and for max_points < 1.
+    """
+    thinned = thin_surfels(scene_surfels(scene, view_ids), max_points)
+    return thinned.points, thinned.colors
+
+
+def thin_surfels(surfels: Surfels, max_points: int) -> Surfels:
+    """One mean point per voxel; the voxels, 1 cm or more, are as large as `max_points` asks for. Deterministic.
+
+    Raises ValueError for max_points < 1.
     """
     if max_points < 1:
         raise ValueError(f"max_points: expected at least 1, got {max_points}")
-    surfels = scene_surfels(scene, view_ids)
     voxel = SMALLEST_VOXEL
     while True:
         cells = np.floor((surfels.points - surfels.points.min(axis=0)) / voxel).astype(np.int64)
@@ -90,19 +114,34 @@ def scene_cloud(
         if len(keys) <= max_points:
             break
         voxel *= max(1.05, np.sqrt(len(keys) / max_points) * 0.98)  # surfaces: the count falls with the square
-    mean = [
+    points, colors, normals = (
         np.stack([np.bincount(index, a[:, i]) for i in range(3)], 1) / count[:, None]
-        for a in (surfels.points, surfels.colors)
+        for a in (surfels.points, surfels.colors, surfels.normals)
+    )
+    length = np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-9)  # a voxel may see both sides of a sheet
+    return Surfels(
+        points.astype(np.float32),
+        colors.round().astype(np.uint8),
+        (normals / length).astype(np.float32),
+        np.full(len(points), 1.5 * voxel, np.float32),
+    )
+
+
+def colors_at_depth(view: View, rgb: np.ndarray, depth: np.ndarray) -> np.ndarray:
+    """uint8 [h, w, 3]: for each pixel of a posed view's depth [h, w] the nearest one of its picture [H, W, 3]."""
+    own = depth_intrinsics(view, depth.shape[::-1])
+    nearest = [
+        np.floor((np.arange(depth.shape[1 - i]) - own[i, 2]) / own[i, i] * view.K[i, i] + view.K[i, 2] + 0.5)
+        for i in (0, 1)
     ]
-    return mean[0].astype(np.float32), mean[1].round().astype(np.uint8)
+    columns, rows = (np.clip(n, 0, rgb.shape[1 - i] - 1).astype(int) for i, n in enumerate(nearest))
+    return rgb[rows[:, None], columns]
 
 
 def _view_surfels(view: View, stride: int) -> Surfels:
     depth, rgb = view.load_depth(), view.load_rgb()
     height, width = depth.shape
-    K = resize_intrinsics(view.K, (view.width, view.height), (width, height))
-    rows = ((np.arange(height) + 0.5) * rgb.shape[0] / height).astype(int)  # nearest picture pixel of a depth pixel
-    columns = ((np.arange(width) + 0.5) * rgb.shape[1] / width).astype(int)
+    K = depth_intrinsics(view, (width, height))
     points, valid = unproject(depth, K, view.camera_to_world)
     jump = np.full(depth.shape, np.inf)
     across, down = np.full(points.shape, np.nan), np.full(points.shape, np.nan)
@@ -119,7 +158,7 @@ def _view_surfels(view: View, stride: int) -> Surfels:
     spacing = np.maximum(np.linalg.norm(across, axis=-1), np.linalg.norm(down, axis=-1)) * stride
     return Surfels(
         points[keep].astype(np.float32),
-        rgb[rows[:, None], columns][keep],
+        colors_at_depth(view, rgb, depth)[keep],
         (normals[keep] / length[keep, None]).astype(np.float32),
         spacing[keep].astype(np.float32),
     )

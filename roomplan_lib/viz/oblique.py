@@ -15,6 +15,7 @@ from roomplan_lib.viz.clouds import Surfels
 from roomplan_lib.viz.style import CAMERA_COLOR, DASHES, FONT_SIZE, PREDICTED_COLOR, TRUE_COLOR, halo
 
 CUT_HEIGHT = 2.0  # metres above the floor; what is higher hides the room
+LONGEST_LABEL = 32  # letters
 FADE = 0.3  # share of white in the surfaces, so that boxes stand out
 PIXELS_PER_METRE = 140
 LARGEST_SPLAT = 13  # pixels
@@ -56,6 +57,7 @@ TOP = Direction(-np.pi / 2, np.pi / 2)  # picture x and y are world x and y
 
 def best_direction(surfels: Surfels, boxes: list[OrientedBox], elevation: float = np.radians(48)) -> Direction:
     """The corner-on direction, of the four that go with the room's walls, that shows most of the boxes' surfaces."""
+    surfels = surfels[:: max(1, len(surfels) // 50_000)]  # an even part of them decides as well
     yaws = np.radians(np.arange(0, 90, 2))
     xy = surfels.points[:: max(1, len(surfels) // 5000), :2]
     areas = [np.prod(np.ptp(xy @ [[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]], axis=0)) for a in yaws]
@@ -127,6 +129,11 @@ def draw_connectors(ax: Axes, direction: Direction, pairs: list[tuple[OrientedBo
         ax.plot(*b, "s", color=PREDICTED_COLOR, markersize=4, markeredgecolor="white", markeredgewidth=0.6, zorder=5)
 
 
+def draw_segments(ax: Axes, direction: Direction, segments: np.ndarray, color: str) -> None:
+    """World segments [N, 2, 3] as plain lines."""
+    ax.add_collection(LineCollection(direction.flat(segments), colors=color, linewidths=0.9, zorder=2), autolim=False)
+
+
 def frustum(view: View, depth: float = FRUSTUM_DEPTH) -> np.ndarray:
     """[8, 2, 3] world segments, metres, of a view's pyramid: centre to the four picture corners, then its rim."""
     u, v = np.array([0, 1, 1, 0]) * view.width - 0.5, np.array([0, 0, 1, 1]) * view.height - 0.5
@@ -191,23 +198,34 @@ def scale_bar(ax: Axes) -> None:
     )
 
 
+def short_label(text: str) -> str:
+    """The text, cut at LONGEST_LABEL."""
+    return text if len(text) <= LONGEST_LABEL else f"{text[: LONGEST_LABEL - 1]}…"
+
+
 def place_labels(ax: Axes, labels: list[tuple[float, float, str]], color: str = "black") -> None:
-    """Texts near their points, pushed apart so that none covers another. Call when the axes have their limits."""
+    """Texts near their points, cut at LONGEST_LABEL and pushed apart so that none covers another; those for which there
+    is no room are left out. Call when the axes have their limits."""
     (x0, x1), (y0, y1) = ax.get_xlim(), ax.get_ylim()
     box = ax.get_position().transformed(ax.figure.transFigure)
     per_point = abs(x1 - x0) / max(box.width, 1) * ax.figure.dpi / 72
+    left, right, lower, upper = min(x0, x1), max(x0, x1), min(y0, y1), max(y0, y1)
     width, height = 0.62 * FONT_SIZE * per_point, 1.35 * FONT_SIZE * per_point
     taken: list[tuple[float, float, float]] = []
     for x, y, text in sorted(labels, key=lambda item: item[1]):
-        if not (min(x0, x1) <= x <= max(x0, x1) and min(y0, y1) <= y <= max(y0, y1)):
+        if not (left <= x <= right and lower <= y <= upper):
             continue
+        text = short_label(text)
         half = width * len(text) / 2
-        x = float(np.clip(x, min(x0, x1) + half, max(x0, x1) - half))
+        x = float(np.clip(x, left + half, right - half))
         moves = sorted(((i, j) for i in range(-3, 4) for j in range(-6, 7)), key=lambda m: abs(m[0]) * 1.5 + abs(m[1]))
         for i, j in moves:
             place = (x + i * half, y + j * height / 2)
-            if all(abs(place[0] - px) >= half + h or abs(place[1] - py) >= height for px, py, h in taken):
+            cut = i and not left + half <= place[0] <= right - half or j and not lower <= place[1] <= upper
+            if not cut and all(abs(place[0] - px) >= half + h or abs(place[1] - py) >= height for px, py, h in taken):
                 break
+        else:
+            continue
         taken.append((*place, half))
         ax.text(
             *place, text, fontsize=FONT_SIZE, color=color, ha="center", va="center", zorder=6, clip_on=True,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from roomplan_lib.geometry import OrientedBox
 from roomplan_lib.scenes import Scene, View, load_rgb
 from roomplan_lib.viz.boxes import draw_boxes_on_view
 from roomplan_lib.viz.clouds import backdrop
@@ -21,6 +24,7 @@ from roomplan_lib.viz.oblique import (
     set_limits,
 )
 from roomplan_lib.viz.style import FONT_SIZE, WIDTH, PrintFigure
+from roomplan_lib.viz.tables import markdown_table
 
 COLUMNS = 4
 GAP = 0.48  # inches between the map and the pictures
@@ -40,7 +44,7 @@ def room_figure(scene: Scene, views: list[View] | None = None, *, max_views: int
     num_rows = -(-len(pictured) // COLUMNS)
     picture_height = WIDTH / COLUMNS * pictured[0].height / pictured[0].width + 0.16
     height = 0.5 + 3.7 + GAP + num_rows * picture_height
-    figure = PrintFigure(height)
+    figure = PrintFigure(height, few_colors=True)
     figure.suptitle(
         f"Scene {scene.scene_id}: {len(scene.boxes)} boxes, {len(views)} of {len(scene.views)} views",
         fontsize=FONT_SIZE + 2.5, y=1 - 0.06 / height, va="top",
@@ -71,25 +75,68 @@ def room_figure(scene: Scene, views: list[View] | None = None, *, max_views: int
     return figure
 
 
-def views_figure(pictures: list[View | Path | str], *, columns: int = COLUMNS) -> PrintFigure:
-    """The pictures in their order, first the reference view; views or files. Raises ValueError when there is none."""
+def views_figure(
+    pictures: Sequence[View | Path | str],
+    true: Sequence[OrientedBox] = (),
+    predicted: Sequence[OrientedBox] = (),
+    *,
+    columns: int = COLUMNS,
+) -> PrintFigure:
+    """The pictures in their order, first the reference view; views or files. Over views with a pose the boxes are
+    drawn, true ones blue and predicted ones orange. Raises ValueError when there is none."""
     if not pictures:
         raise ValueError("views_figure: no picture to show")
-    images = [p.load_rgb() if isinstance(p, View) else load_rgb(Path(p)) for p in pictures]
-    columns = min(columns, len(images))
-    num_rows = -(-len(images) // columns)
-    columns = -(-len(images) // num_rows)  # rows of equal length
+    columns = min(columns, len(pictures))
+    num_rows = -(-len(pictures) // columns)
+    columns = -(-len(pictures) // num_rows)  # rows of equal length
     cell = WIDTH / COLUMNS
-    tallest = max(image.shape[0] / image.shape[1] for image in images)
-    row_height = cell * min(tallest, 1.4) + 0.18
-    figure = PrintFigure(num_rows * row_height, columns * cell)
+    images = [p if isinstance(p, View) else load_rgb(Path(p)) for p in pictures]
+    sizes = [(i.width, i.height) if isinstance(i, View) else i.shape[1::-1] for i in images]
+    row_height = cell * min(max(height / width for width, height in sizes), 1.4) + 0.18
+    figure = PrintFigure(num_rows * row_height, columns * cell, few_colors=True)
     axes = figure.subplots(num_rows, columns, squeeze=False, gridspec_kw={"wspace": 0.03, "hspace": 0.1})
     figure.subplots_adjust(left=0.005, right=0.995, bottom=0.01, top=1 - 0.2 / (num_rows * row_height))
     for ax in axes.flat:
         ax.set_axis_off()
-    for number, (ax, image) in enumerate(zip(axes.flat, images, strict=False), 1):
-        ax.imshow(image)
-        height, width = image.shape[:2]
-        title = f"view {number} of {len(images)}{' (reference)' if number == 1 else ''}, {width} x {height} px"
+    for number, (ax, image, size) in enumerate(zip(axes.flat, images, sizes, strict=False), 1):
+        if isinstance(image, View) and image.posed:
+            draw_boxes_on_view(ax, image, list(true), list(predicted))
+        else:
+            ax.imshow(image.load_rgb() if isinstance(image, View) else image)
+        title = f"view {number} of {len(images)}{' (reference)' if number == 1 else ''}, {size[0]} x {size[1]} px"
         ax.set_title(title, fontsize=FONT_SIZE - 0.5, pad=3)
     return figure
+
+
+def scene_table(scene: Scene) -> str:
+    """Markdown: what a scene holds, and what that lets one see."""
+    posed = [view for view in scene.views if view.posed]
+    deep = [view for view in posed if view.depth_path is not None]
+    sizes = sorted({(view.width, view.height) for view in scene.views})
+    kinds = Counter(surface.kind for surface in scene.surfaces)
+    labels = Counter(box.label or "without a name" for box in scene.boxes)
+
+    def counted(counts: Counter) -> str:
+        return ", ".join(f"{number} {name}" for name, number in counts.most_common()) or "none"
+
+    rows = [
+        ["scene", f"{scene.scene_id}, read as {scene.source}{', ' + scene.split if scene.split else ''}"],
+        ["views", f"{len(scene.views)}" + (f" of {', '.join(f'{w} x {h}' for w, h in sizes)} px" if sizes else "")],
+        ["... with pose; and depth", f"{len(posed)}; {len(deep)}"],
+        ["boxes", counted(labels)],
+        ["walls, doors, windows, floors", counted(kinds)],
+        ["mesh", scene.mesh_path.name if scene.mesh_path else "none"],
+    ]
+    absent = [
+        what
+        for there, what in (
+            (scene.views, "pictures"),
+            (posed, "cameras and boxes on pictures (no view has a pose)"),
+            (deep or scene.mesh_path, "a surface (neither depth nor mesh)"),
+            (deep, "fused depth"),
+            (scene.boxes, "true boxes"),
+        )
+        if not there
+    ]
+    rows.append(["cannot be shown", "; ".join(absent) or "-"])
+    return markdown_table(["", ""], rows)
