@@ -93,13 +93,16 @@ def test_a_record_gives_back_its_views(files, rooms_root):
     assert len(figure.axes) == 6 and record["instruction"] in figure.texts[0].get_text()
 
 
-def test_slider_browses_every_file(files):
+def test_slider_browses_every_file(files, monkeypatch):
+    monkeypatch.setenv("JPY_SESSION_NAME", "as a server's kernel")
     box = viz.browse_records(files)
     chooser, slider = box.children[0].children
     assert len(chooser.options) == 4 and slider.max == len(read_samples(files[0])) - 1
     slider.value = 3
     chooser.value = chooser.options[-1]
     assert slider.value == 0 and slider.max == len(read_samples(files[-1])) - 1
+    monkeypatch.delenv("JPY_SESSION_NAME")
+    assert "JupyterLab" in viz.browse_records(files).texts[0].get_text()
 
 
 def test_a_batch_reads_as_text(files):

@@ -16,6 +16,7 @@ from roomplan_lib.samples import box_from_record, manifest_path, read_manifest, 
 from roomplan_lib.samples.targets import question_text, response_text
 from roomplan_lib.scenes import View, load_rgb, path_below
 from roomplan_lib.viz.boxes import draw_boxes_on_view
+from roomplan_lib.viz.frontend import live_frontend
 from roomplan_lib.viz.style import FONT_SIZE, RUN_COLORS, RUN_DASHES, TRUE_COLOR, WIDTH, PrintFigure, plain_axes
 from roomplan_lib.viz.tables import markdown_table
 
@@ -134,7 +135,7 @@ def answers_figure(records: list[dict], *, max_answers: int = 20) -> PrintFigure
     """The commonest answers, and per task the share of its commonest one: what guessing would score."""
     answered = [record for record in records if record.get("answer")]
     if not answered:
-        return _nothing("none of the records has an answer in words")
+        return nothing_figure("none of the records has an answer in words")
     by_task: dict[str, Counter] = defaultdict(Counter)
     for record in answered:
         by_task[f"{record['task']} {record.get('question_type', '')}".strip()][record["answer"].lower()] += 1
@@ -159,7 +160,7 @@ def labels_figure(records: dict[str, list[dict]]) -> PrintFigure:
     counts = {name: Counter(box["label"] for r in part for box in r.get("boxes", ())) for name, part in records.items()}
     counts = {name: part for name, part in counts.items() if part}
     if not counts:
-        return _nothing("none of the records has boxes")
+        return nothing_figure("none of the records has boxes")
     labels = [label for label, _ in sum(counts.values(), Counter()).most_common(30)]
     figure = PrintFigure(2.6)
     ax = figure.subplots()
@@ -194,7 +195,7 @@ def coverage_figure(records: dict[str, list[dict]]) -> PrintFigure:
             ax.plot(*points.T, marker, color=RUN_COLORS[number % len(RUN_COLORS)], ms=4, alpha=0.7,
                     label=f"{name} ({len(points)})")  # fmt: skip
     if not shown:
-        return _nothing("none of the records has coverage and baseline_m; they need views with depth")
+        return nothing_figure("none of the records has coverage and baseline_m; they need views with depth")
     ax.axvline(SMALL_BASELINE, color="#888888", lw=1, ls=":")
     plain_axes(ax)
     ax.set_xlim(left=0)
@@ -264,7 +265,12 @@ def record_figure(record: dict, root: str | Path) -> PrintFigure:
 
 
 def browse_records(files: Sequence[str | Path]):
-    """A file chooser and a slider over its records, each drawn by `record_figure` (an ipywidgets box)."""
+    """A file chooser and a slider over its records, each drawn by `record_figure` (an ipywidgets box).
+
+    A line that says so where no browser is open on the notebook, such as under papermill.
+    """
+    if not live_frontend():
+        return nothing_figure("the slider needs JupyterLab")
     import ipywidgets as widgets
     from IPython.display import display
 
@@ -318,7 +324,7 @@ def _count_numbers(value: object) -> int:
     return int(type(value) in (int, float))
 
 
-def _nothing(reason: str) -> PrintFigure:
+def nothing_figure(reason: str) -> PrintFigure:
     """A line in place of a figure, so that a notebook about any files runs to its end."""
     figure = PrintFigure(0.4)
     figure.text(0.01, 0.5, f"nothing to show: {reason}", fontsize=FONT_SIZE + 1, va="center")

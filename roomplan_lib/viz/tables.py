@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import numpy as np
 from matplotlib.ticker import MaxNLocator
@@ -46,6 +46,12 @@ MEASURES = {
         ("object_f1_50cm", "furniture: F1, centres within 50 cm", "higher"),
         ("valid_json_rate", "share of valid actions", "higher"),
     ),
+    "measures": (
+        ("relative_error", "relative error", "lower"),
+        ("within_10pct", "within 10 %", "higher"),
+        ("within_25pct", "within 25 %", "higher"),
+        ("coverage", "measures of the right things", "higher"),
+    ),
     "captions": (
         ("bleu_4", "BLEU-4", "higher"),
         ("rouge_l", "ROUGE-L", "higher"),
@@ -71,10 +77,11 @@ FIGURE_MEASURES = {
 }
 TASK_NAMES = {
     "anchors": "Anchors", "qa": "Questions", "lists": "Lists of anchors", "plans": "Whole rooms",
-    "captions": "Captions", "language": "Actions as text",
+    "measures": "Measures", "captions": "Captions", "language": "Actions as text",
 }  # fmt: skip
 SHOWN = {
     "model": "model",
+    "baseline": "no model (median training box, commonest training answer)",
     "unconstrained": "model without the grammar",
     "shuffled": "shuffled (another scene's views)",
     "blind": "blind (no views)",
@@ -86,7 +93,7 @@ SHOWN = {
     "noise_20cm": "truth moved by 20 cm",
     "quantised": "truth as text has it",
 }
-IN_FIGURE = ("model", "shuffled", "blind", "constant", "majority")
+IN_FIGURE = ("model", "baseline", "shuffled", "blind", "constant", "majority")
 
 
 def scores_table(scores: dict) -> str:
@@ -121,6 +128,37 @@ def scores_table(scores: dict) -> str:
                 for protocol, score in by_protocol.items()
             ]
             parts[-1] += f"\n\n{markdown_table(head, rows)}"
+    return "\n\n".join(parts)
+
+
+def runs_table(scores: Mapping[str, dict]) -> str:
+    """A Markdown table per task of the scores of several runs, by name: each run beside its controls IN_FIGURE.
+
+    A run without a score, whose rows hide the true answers, is left out; a sentence where no run has one.
+    """
+    by_run = {name: _tasks(part, MEASURES) for name, part in scores.items() if any(map(part.get, MEASURES))}
+    if not by_run:
+        return "Nothing to score: no row holds the true answer."
+    parts = []
+    for task in [name for name in MEASURES if any(name in tasks for tasks in by_run.values())]:
+        entries = [
+            (run, control, score)
+            for run, tasks in by_run.items()
+            for control, score in tasks.get(task, {}).items()
+            if control in IN_FIGURE
+        ]
+        measures = [entry for entry in MEASURES[task] if any(entry[0] in score for _, _, score in entries)]
+        rows = [
+            [
+                text_cell(run),
+                SHOWN[control].split(" (")[0],
+                str(score["num_samples"]),
+                *(_cell(score, key) for key, _, _ in measures),
+            ]
+            for run, control, score in entries
+        ]
+        head = ["run", "who answers", "samples", *(title for _, title, _ in measures)]
+        parts.append(f"{TASK_NAMES[task]}\n\n{markdown_table(head, rows)}")
     return "\n\n".join(parts)
 
 
@@ -208,3 +246,10 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> str:
     ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
+
+
+def text_cell(text: str, max_letters: int = 90) -> str:
+    """A text of others for a Markdown cell: one line, cut at `max_letters`, shown as it is, without any markup."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    text = text if len(text) <= max_letters else f"{text[: max_letters - 1]}…"
+    return f"`{text.replace('`', chr(39))}`".replace("|", "\\|") if text else "-"
