@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 NUM_ROOMS ?= 150
 DATA := $(or $(ROOMPLAN_DATA),data)
 
-.PHONY: help install quickstart test test-slow lint lab clean
+.PHONY: help install quickstart test test-slow lint lab browser screenshots example clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -47,8 +47,21 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/nbstripout --verify notebooks/*.ipynb
 
+# The address with its token is printed; a browser opens where there is a display. A port that is taken is passed over.
 lab: install ## JupyterLab on this machine, opened at the notebooks
-	$(BIN)/jupyter lab --ip=127.0.0.1 $(if $(filter 0,$(shell id -u)),--allow-root) notebooks
+	$(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks \
+	  --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate \
+	  $(if $(filter 0,$(shell id -u)),--allow-root) $(if $(DISPLAY)$(WAYLAND_DISPLAY),,--no-browser)
+
+browser: ## install Debian's Chromium, which the tests in JupyterLab and the screenshots need (as root)
+	apt-get -o DPkg::Lock::Timeout=300 install -y --no-install-recommends chromium libegl1 libgl1-mesa-dri
+
+RUN ?= papermill_runs/quickstart
+screenshots: install ## the README's pictures of JupyterLab, of the run RUN
+	$(BIN)/python tests/screenshots.py $(RUN) figures
+
+example: install ## the executed notebooks 03, 04, 05 of the run RUN as pages that fit into git
+	$(BIN)/python -m roomplan_lib.viz.pages $(RUN) figures/example
 
 clean: ## remove .venv and caches; keeps data/ and papermill_runs/
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

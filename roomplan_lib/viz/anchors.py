@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.gridspec import GridSpecFromSubplotSpec
 from matplotlib.lines import Line2D
-from scipy.optimize import linear_sum_assignment
 
-from roomplan_lib.actions import ActionList, PlaceAnchor, PlanRoom, parse_action
-from roomplan_lib.geometry import OrientedBox, box_iou_3d
+from roomplan_lib.actions import parse_action
+from roomplan_lib.geometry import OrientedBox, box_corners, box_iou_3d, resize_intrinsics
 from roomplan_lib.samples.visibility import MIN_VISIBLE_PIXELS, pixels_in_boxes
 from roomplan_lib.scenes import Scene, View
-from roomplan_lib.viz.boxes import draw_boxes_on_view
-from roomplan_lib.viz.clouds import backdrop, find_views
+from roomplan_lib.viz.answers import Answer, Answers, Room, Scenes, nearest_pairs, placed_boxes
+from roomplan_lib.viz.boxes import HIDDEN_MARGIN, draw_boxes_on_view
+from roomplan_lib.viz.clouds import backdrop, find_views, scene_surface
 from roomplan_lib.viz.oblique import (
     TOP,
     best_direction,
@@ -32,6 +35,8 @@ from roomplan_lib.viz.oblique import (
 from roomplan_lib.viz.style import CAMERA_COLOR, DASHES, FONT_SIZE, PREDICTED_COLOR, TRUE_COLOR, PrintFigure
 
 ENOUGH_PIXELS = 8 * MIN_VISIBLE_PIXELS
+COMPARED_HEIGHT = 2.3
+GRID_COLUMNS = 64  # rays across a picture
 ROW_HEIGHT = 3.45  # inches of a room's row
 
 
@@ -67,8 +72,7 @@ def anchor_pairs(scene: Scene, rows: list[dict]) -> list[AnchorPair]:
         if row["scene_id"] != scene.scene_id or "reference_action" not in row:
             continue
         trues, predicted = action_boxes(row["reference_action"]), action_boxes(row["action"])
-        distances = np.array([[np.linalg.norm(t.center - p.center) for p in predicted] for t in trues])
-        matches = dict(zip(*linear_sum_assignment(distances), strict=True)) if distances.size else {}
+        matches = nearest_pairs(trues, predicted)
         for k, true in enumerate(trues):
             same = [p.number for p in pairs if p.true.label == true.label and np.allclose(p.true.center, true.center)]
             number = same[0] if same else 1 + max((p.number for p in pairs), default=0)
@@ -80,11 +84,7 @@ def anchor_pairs(scene: Scene, rows: list[dict]) -> list[AnchorPair]:
 
 def action_boxes(action: dict | list | None) -> list[OrientedBox]:
     """The upright boxes of an action, or list of actions, as prediction files hold it; none for what places nothing."""
-    if not action:
-        return []
-    read = parse_action(json.dumps(action), categories=None)
-    actions = read.actions if isinstance(read, ActionList | PlanRoom) else (read,)
-    return [item.to_box() for item in actions if isinstance(item, PlaceAnchor)]
+    return placed_boxes(parse_action(json.dumps(action), categories=None)) if action else []
 
 
 def best_views(scene: Scene, views: list[View], boxes: list[OrientedBox], num_views: int) -> list[View]:
@@ -99,6 +99,35 @@ def best_views(scene: Scene, views: list[View], boxes: list[OrientedBox], num_vi
         chosen.append(int(np.argmax(gains)))
         best = np.maximum(best, pixels[chosen[-1]])
     return [views[i] for i in chosen]
+
+
+def shown_share(view: View, box: OrientedBox) -> float:
+    """Share of the view's picture in which the box is seen from outside, 0 for a view without a pose.
+
+    Rays through a grid of pixels meet the box or do not, so what is behind the camera or beyond the rim never counts;
+    where the view has depth, neither does a ray that ends on a surface more than HIDDEN_MARGIN before the box.
+    """
+    if not view.posed:
+        return 0.0
+    columns = min(GRID_COLUMNS, view.width)
+    rows = max(1, round(columns * view.height / view.width))
+    K = resize_intrinsics(view.K, (view.width, view.height), (columns, rows))
+    v, u = np.mgrid[:rows, :columns]
+    rays = np.stack([(u - K[0, 2]) / K[0, 0], (v - K[1, 2]) / K[1, 1], np.ones_like(u)], axis=-1)  # camera z = 1
+    directions = rays @ view.camera_to_world[:3, :3].T @ box.rotation
+    directions = np.where(np.abs(directions) < 1e-12, 1e-12, directions)
+    origin = (view.camera_to_world[:3, 3] - box.center) @ box.rotation
+    slabs = np.stack([(sign * box.extent / 2 - origin) / directions for sign in (-1, 1)])
+    enter, leave = slabs.min(axis=0).max(axis=-1), slabs.max(axis=0).min(axis=-1)  # metres along the camera's z
+    seen = (enter <= leave) & (enter > 0)
+    if view.depth_path is not None and seen.any():
+        depth = view.load_depth()
+        pixels = [
+            ((np.arange(n) + 0.5) * size / n).astype(int) for n, size in zip((rows, columns), depth.shape, strict=True)
+        ]
+        surface = depth[np.ix_(*pixels)]
+        seen &= (surface == 0) | (surface > enter - HIDDEN_MARGIN)
+    return float(seen.mean())
 
 
 def anchors_figure(scene: Scene, rows: list[dict], *, max_anchors: int = 12) -> PrintFigure:
@@ -118,6 +147,70 @@ def save_anchors_figure(
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return figure
+
+
+def compared_figure(answers: Answers, scenes: Scenes, places: Sequence[int], *, run: int = 0) -> PrintFigure:
+    """Samples of a predictions file, a row each: the two views that show most, the room from above, the numbers.
+
+    answers, scenes: see `viz.answers`; places: of the samples in it, such as those of the worst, the middle and the
+    best. Without a scene the map shows the boxes alone. Raises ValueError for no places.
+    """
+    if not len(places):
+        raise ValueError("compared_figure: no sample to show")
+    height = COMPARED_HEIGHT * len(places) + 0.3
+    figure = PrintFigure(height)
+    figure.suptitle(
+        f"{len(places)} of {len(answers)} samples of {answers.names[run]}: true blue, predicted orange",
+        fontsize=FONT_SIZE + 2, y=1 - 0.05 / height, va="top", parse_math=False,
+    )  # fmt: skip
+    grid = figure.add_gridspec(
+        len(places), 4, width_ratios=(2.6, 2.6, 2.2, 2.0), left=0.01, right=0.99, top=1 - 0.62 / height,
+        bottom=0.32 / height, hspace=0.42, wspace=0.16,
+    )  # fmt: skip
+    for row, place in enumerate(places):
+        answer = answers.answers[place][run]
+        if answer is not None:
+            cells = [figure.add_subplot(grid[row, column]) for column in range(4)]
+            _draw_compared(cells, answers, answer, Room(answer, scenes), place, run)
+    return figure
+
+
+def _draw_compared(axes: list[Axes], answers: Answers, answer: Answer, room: Room, place: int, run: int) -> None:
+    pictures, above, table = axes[:2], axes[2], axes[3]
+    true, predicted = answer.true_boxes, answer.predicted_boxes
+    for ax in (*pictures, table):
+        ax.set_axis_off()
+    target = (true or predicted or [None])[0]
+    shares = [0.0 if target is None else shown_share(view, target) for view in room.views]
+    for ax, k in zip(pictures, np.argsort(-np.array(shares), kind="stable"), strict=False):
+        view = room.views[k]
+        if view.posed:
+            draw_boxes_on_view(ax, view, true, predicted, title=f"view {k + 1} of {len(room.views)}")
+    if true or predicted:
+        surface = scene_surface(room.scene, room.views)[0] if room.views else None
+        flat = np.concatenate([TOP.flat(box_corners(box)) for box in (*true, *predicted)])
+        corners = np.stack([flat.min(axis=0), flat.max(axis=0)])
+        corners = corners if surface is None else draw_surfels(above, surface, TOP)
+        set_limits(above, corners, TOP, predicted)
+        draw_boxes(above, TOP, true, predicted, labels=False)
+        draw_connectors(above, TOP, [(true[t], predicted[p]) for t, p in answer.pairs if None not in (t, p)])
+        map_axes(above)
+        above.set_title("from above", fontsize=FONT_SIZE, pad=3)
+    else:
+        above.set_axis_off()
+    outcome = answers.outcomes[place, run]
+    failure = answers.failure(place, run)
+    lines = textwrap.wrap(str(answer.row["question"]), 30)[:4]
+    lines += ["", f"scene {answer.row['scene_id']}", outcome if failure in ("", outcome) else f"{outcome}: {failure}"]
+    lines += answers.told_errors(place, run)
+    if answer.true is None:
+        lines += textwrap.wrap(f"true: {answer.row['reference']}", 30)[:3]
+        lines += textwrap.wrap(f"predicted: {answer.row['prediction']}", 30)[:3]
+    lines += textwrap.wrap(room.problem or answer.reason, 30)[:4]
+    table.text(
+        0, 1, "\n".join(lines), fontsize=FONT_SIZE - 0.3, va="top", linespacing=1.3, transform=table.transAxes,
+        parse_math=False,
+    )  # fmt: skip
 
 
 def _figure(scenes: list[Scene], rows: list[dict], max_anchors: int) -> PrintFigure:
