@@ -15,11 +15,12 @@ from roomplan_lib.actions import PlaceAnchor, format_action
 from roomplan_lib.actions.decoding import GrammarEngine, allowed_tokens
 from roomplan_lib.actions.grammar import grammar
 from roomplan_lib.scenes import CATEGORIES
+from roomplan_lib.training.plan import KNOWN_SHAPES
+from roomplan_lib.training.processes import resolve_device
 from roomplan_lib.training.tokenizer import load_tokenizer, train_tokenizer
-from roomplan_lib.training.trainer import resolve_device
 
 CONTEXT = 400  # tokens in the cache: 136 visual tokens, a prompt, an action
-# Layers and widths of the tiny stage file and of Qwen3-4B, as their config files have them.
+# Layers and widths of the tiny stage file and of Qwen3-4B.
 SIZES = {
     "tiny": {
         "vocab_size": 640,
@@ -30,15 +31,7 @@ SIZES = {
         "num_key_value_heads": 2,
         "head_dim": 32,
     },
-    "Qwen3-4B": {
-        "vocab_size": 151_936,
-        "hidden_size": 2560,
-        "intermediate_size": 9728,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-    },
+    "Qwen3-4B": KNOWN_SHAPES["Qwen/Qwen3-4B-Instruct-2507"],
 }
 # What a benchmarked text may be: arguments of `grammar`.
 TASKS = {
@@ -162,7 +155,7 @@ def forward_seconds(fields: dict, batch_size: int, measured_layers: int, device:
     """
     layers = fields["num_hidden_layers"]
     timed = min(measured_layers, layers)
-    config = Qwen3Config(**{**fields, "num_hidden_layers": timed}, tie_word_embeddings=True)
+    config = Qwen3Config(**fields | {"num_hidden_layers": timed, "tie_word_embeddings": True})
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     model = Qwen3ForCausalLM._from_config(config, dtype=dtype).to(device).eval()
     cached = torch.randn(batch_size, config.num_key_value_heads, CONTEXT, config.head_dim, device=device, dtype=dtype)

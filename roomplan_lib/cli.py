@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import redirect_stdout
 from functools import partial, wraps
 from inspect import Signature, signature
 from pathlib import Path
@@ -66,7 +67,7 @@ def rooms(
     num_poses: Annotated[int, typer.Option(min=2, help="Posed views per room, 10 a second.")] = 24,
     layout: Annotated[
         Literal["arkitscenes", "scannet"],
-        typer.Option(help="ARKitScenes 3DOD, or ScanNet with the files of ScanQA, SQA3D, ScanRefer and others."),
+        typer.Option(help="ARKitScenes 3DOD, or ScanNet with the files of ScanQA, SQA3D, ScanRefer, LLaVA and others."),
     ] = "arkitscenes",
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; all cores when left out.")] = None,
 ) -> None:
@@ -75,9 +76,10 @@ def rooms(
 
     if layout == "scannet":
         from roomplan_lib.samples.annotation_files import write_annotations
+        from roomplan_lib.samples.conversations import write_conversations
 
         folders = write_scannet_rooms(output, num_rooms, seed, num_poses=num_poses, workers=workers)
-        for path in write_annotations(output, seed):
+        for path in [*write_annotations(output, seed), *write_conversations(output, seed)]:
             print(path)
     else:
         folders = write_rooms(output, num_rooms, seed, num_poses=num_poses, workers=workers)
@@ -370,12 +372,113 @@ def validate(file: Annotated[Path, typer.Argument(help="JSONL file of samples.")
 
 
 @command
-def train(params: Params, run_name: RunName = None) -> None:
-    """Train the run of a stage file; a stopped run goes on, a finished one is kept."""
+def train(
+    params: Params,
+    run_name: RunName = None,
+    safe: Annotated[bool, typer.Option("--safe", help="Measure memory; train with the micro batch that fits.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Look for anomalies; deterministic; talkative.")] = False,
+) -> None:
+    """Train the run of a stage file. A run that was stopped or killed goes on from its newest whole checkpoint, without
+    being asked to; a finished one is kept. Exit status 75: it was stopped, and has saved."""
     from roomplan_lib.config import load_run_config
-    from roomplan_lib.training.run import train as train_run
+    from roomplan_lib.training.launch import launch
+    from roomplan_lib.training.status import Preempted
 
-    print(train_run(load_run_config(params, run_name=run_name)))
+    try:
+        print(launch(load_run_config(params, run_name=run_name), safe=safe, debug=debug))
+    except Preempted as stopped:
+        print(f"roomplan train: {stopped}", file=sys.stderr)
+        raise typer.Exit(75) from None  # EX_TEMPFAIL of sysexits.h: run it again
+
+
+@command
+def consolidate(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, a model folder or a checkpoint.")],
+    output: Annotated[Path | None, typer.Option(help="Folder to make; beside the weights when left out.")] = None,
+) -> None:
+    """Write what a run has learned as one folder, and its LoRA adapters as peft alone reads them."""
+    from roomplan_lib.training.consolidate import consolidate as write_folder
+
+    print(write_folder(run, output))
+
+
+@command
+def stage(
+    params: Params,
+    changes: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="training.max_steps=100 ...")] = None,
+    safe: Annotated[bool, typer.Option("--safe", help="Measure memory; write the micro batch that fits.")] = False,
+) -> None:
+    """Write a stage file with changed settings to its run's folder, every field stated; prints the file's path."""
+    import yaml
+
+    from roomplan_lib.config import to_dict
+    from roomplan_lib.files import write_whole
+    from roomplan_lib.training.launch import changed_stage
+
+    config = changed_stage(params, changes or ())
+    if safe:
+        from roomplan_lib.training.memory import fit_memory
+
+        with redirect_stdout(sys.stderr):
+            config = fit_memory(config)
+    path = config.run_dir / "stage.yaml"
+    write_whole(path, yaml.safe_dump(to_dict(config), sort_keys=False))
+    print(path)
+
+
+@command
+def doctor(
+    params: Annotated[Path | None, typer.Argument(help="Stage file whose data, weights and folders to check.")] = None,
+    run_name: RunName = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per line.")] = False,
+) -> None:
+    """Check this machine, and what a stage needs, before a run starts; exit status 1 when something would stop it."""
+    from dataclasses import asdict
+
+    from roomplan_lib.config import load_run_config
+    from roomplan_lib.doctor import examine
+
+    failed = False
+    for check in examine(load_run_config(params, run_name=run_name) if params else None):
+        print(json.dumps(asdict(check)) if as_json else check, flush=True)
+        failed |= check.status == "fail"
+    raise typer.Exit(1 if failed else 0)
+
+
+@command
+def watch(
+    runs: Annotated[list[str], typer.Argument(help="Names or folders of runs.")],
+    runs_dir: Annotated[Path, typer.Option(help="Where named runs lie.")] = Path("papermill_runs"),
+    once: Annotated[bool, typer.Option("--once", help="Print the state and end.")] = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
+) -> None:
+    """Show what runs are doing until they end: step, losses, rates, memory, time left, newest checkpoint."""
+    from roomplan_lib.watch import watch as watch_runs
+
+    watch_runs(runs, runs_dir, once=once, interval=interval)
+
+
+@command
+def cache(
+    params: Params,
+    part: Annotated[str, typer.Option(help="i/n: the i-th of n parts, from 1, as in a Slurm array.")] = "1/1",
+    num_processes: Annotated[int, typer.Option(min=0, help="On this machine; 0 = one per GPU.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="View sets per pass of the encoder.")] = 4,
+    verify: Annotated[bool, typer.Option("--verify", help="Read everything again; compute what is damaged.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or auto.")] = None,
+) -> None:
+    """Fill a stage file's feature cache (data.features.folder) with its views; what is there already is kept."""
+    from roomplan_lib.config import load_run_config
+    from roomplan_lib.training.cache import fill_cache
+
+    try:
+        number, count = map(int, part.split("/"))
+    except ValueError:
+        raise ValueError(f"--part: expected i/n such as 1/8, got {part!r}") from None
+    fill_cache(
+        load_run_config(params), part=(number, count), num_processes=num_processes, batch_size=batch_size,
+        verify=verify, device=device,
+    )  # fmt: skip
 
 
 @command
@@ -391,16 +494,28 @@ def predict(
         str | None, typer.Option(help="Hold actions to the grammar: llguidance, xgrammar or none.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or auto.")] = None,
+    part: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Make this part of n alone, e.g. 1/4; begun ones go on.")
+    ] = None,
+    merge: Annotated[int | None, typer.Option(min=1, metavar="N", help="Put n parts together, make nothing.")] = None,
+    num_processes: Annotated[
+        int | None, typer.Option(min=0, help="Parts at a time, one per GPU for 0, and merged; default: the stage's.")
+    ] = None,
 ) -> None:
     """Answer the held-out samples greedily: with their views, with none, and with another scene's."""
     from roomplan_lib.config import load_run_config
-    from roomplan_lib.evaluation.predict import predict_run
+    from roomplan_lib.evaluation.parts import Part
+    from roomplan_lib.evaluation.predict import merge_run, predict_run
 
+    if [part, merge, num_processes].count(None) < 2:
+        raise ValueError("--part, --merge, --num-processes: give one of them")
+    chosen = Part.parse(part) if part else None
     config = load_run_config(params, run_name=run_name)
-    folder = predict_run(
-        config, checkpoint, num_scenes=num_scenes, max_new_tokens=max_new_tokens, constrained=constrained, device=device
-    )
-    print(folder)
+    choices = {"num_scenes": num_scenes, "max_new_tokens": max_new_tokens, "constrained": constrained}
+    if merge:
+        print(merge_run(config, checkpoint, num_parts=merge, **choices))
+    else:
+        print(predict_run(config, checkpoint, device=device, part=chosen, num_processes=num_processes, **choices))
 
 
 @command
@@ -479,6 +594,47 @@ def decoding(
     print(decoding_table(rows))
     if output is not None:
         write_whole(output, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+@command(app=benchmark, name="training")
+def benchmark_training(
+    params: Annotated[Path, typer.Option(help="Stage file whose model and sizes are trained.")] = Path(
+        "papermill_runs/params/tiny.yaml"
+    ),
+    part: Annotated[
+        list[str] | None,
+        typer.Option(help="loop, peers, cache, miniature, distributed, checkpoint; repeatable; default: all."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=10, help="Measured in each process, a multiple of 10.")] = 40,
+    rounds: Annotated[int, typer.Option(min=1, help="Processes of each variant, taken in turn.")] = 3,
+    threads: Annotated[int, typer.Option(min=1, help="Of each process.")] = 1,
+    num_rooms: Annotated[int, typer.Option(min=5, help="Procedural rooms that are made to train on.")] = 10,
+    size: Annotated[
+        list[str] | None, typer.Option(help="Of the peers' text model, e.g. vocab_size=8192; may be repeated.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON Lines file; the lines are printed as well.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="PNG, e.g. figures/benchmark_training.png.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Where rooms and runs are made and removed again.")] = None,
+) -> None:
+    """Compare our training with the bare computation, other trainers, live features, one process, a ZeRO-3 state."""
+    from roomplan_lib.files import write_whole
+    from roomplan_lib.training import benchmark as bench
+
+    rows, text = [], bench.parse_sizes(size or ())
+    for row in bench.benchmark_training(
+        params, parts=part or tuple(bench.VARIANTS), steps=steps, rounds=rounds, threads=threads, num_rooms=num_rooms,
+        text=text, folder=folder,
+    ):  # fmt: skip
+        print(json.dumps(row), flush=True)
+        rows.append(row)
+    print(bench.benchmark_table(rows))
+    if output is not None:
+        write_whole(output, "".join(json.dumps(row) + "\n" for row in rows))
+    if figure is not None:
+        from roomplan_lib.viz.benchmark import training_benchmark_figure
+
+        figure.parent.mkdir(parents=True, exist_ok=True)
+        training_benchmark_figure(rows).savefig(figure)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,21 @@
-"""Set-up check: `python -m roomplan_lib.system` makes `import open3d` work or says how."""
+"""This machine: the libraries that Open3D needs, local scratch for caches, memory, free ports.
+
+`python -m roomplan_lib.system` makes `import open3d` work or says how; with --caches it prints the settings of
+`local_caches` for a shell.
+"""
 
 from __future__ import annotations
 
+import getpass
 import os
 import re
+import shlex
 import shutil
+import socket
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 # Debian's names of the system libraries that Open3D's wheels expect.
 DEBIAN_PACKAGES = {
@@ -29,8 +38,61 @@ def missing_library() -> str | None:
     return found.group(1)
 
 
+def scratch_folder() -> Path:
+    """This user's folder on a disk of this machine: below $SLURM_TMPDIR, else $TMPDIR, else /tmp."""
+    base = os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir()
+    return Path(base) / f"roomplan-{getpass.getuser()}"
+
+
+def local_caches() -> dict[str, str]:
+    """Settings that move the caches of Hugging Face, torch, Triton and CUDA to local scratch, as far as none is set.
+
+    Home folders of clusters are small, slow and shared by all ranks. What was downloaded there is still found: models
+    (HF_HUB_CACHE) and the hub's login (HF_TOKEN_PATH) stay where they are if there are any.
+    """
+    scratch = scratch_folder()
+    wanted = {
+        "HF_HOME": scratch / "huggingface",
+        "TORCH_HOME": scratch / "torch",
+        "TORCH_EXTENSIONS_DIR": scratch / "torch_extensions",
+        "TORCHINDUCTOR_CACHE_DIR": scratch / "torchinductor",
+        "TRITON_CACHE_DIR": scratch / "triton",
+        "CUDA_CACHE_PATH": scratch / "cuda",
+    }
+    if "HF_HOME" not in os.environ:
+        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "huggingface"
+        wanted |= {
+            name: path
+            for name, path in (("HF_HUB_CACHE", home / "hub"), ("HF_TOKEN_PATH", home / "token"))
+            if path.exists()
+        }
+    return {name: str(path) for name, path in wanted.items() if name not in os.environ}
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take: the machine's free memory, or less where a cgroup allows less."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    group = Path("/proc/self/cgroup").read_text().strip().rsplit(":", 1)[-1].lstrip("/")  # cgroup 2: one line, 0::/path
+    for folder in (Path("/sys/fs/cgroup") / group, *(Path("/sys/fs/cgroup") / group).parents):
+        limit, used = folder / "memory.max", folder / "memory.current"
+        if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
+            free = min(free, int(text) - int(used.read_text()))
+    return free
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
 def main() -> int:
     """Installs each missing library where this user may, else prints the command; exit status."""
+    if "--caches" in sys.argv[1:]:
+        print("\n".join(f"export {name}={shlex.quote(path)}" for name, path in local_caches().items()))
+        return 0
     for _ in range(len(DEBIAN_PACKAGES) + 1):
         library = missing_library()
         if library is None:

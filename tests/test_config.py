@@ -27,6 +27,10 @@ PARAMS = sorted((Path(__file__).parents[1] / "papermill_runs" / "params").glob("
         ({"training": {"max_steps": 10.0}}, "training.max_steps: expected int, got float 10.0"),
         ({"training": {"bf16": 1}}, "training.bf16: expected bool"),
         ({"training": {"max_grad_norm": float("nan")}}, "training.max_grad_norm: expected a finite number"),
+        ({"training": {"max_grad_norm": -1.0}}, "training.max_grad_norm: expected 0 or more, got -1"),
+        ({"training": {"learning_rate": -1e-4}}, "training.learning_rate: expected 0 or more, got -0.0001"),
+        ({"training": {"warmup_ratio": 1.5}}, "training.warmup_ratio: expected 0 to 1, got 1.5"),
+        ({"data": {"num_workers": -1}}, "data.num_workers: expected at least 0, got -1"),
         ({"training": {"lr_scheduler": "step"}}, "training.lr_scheduler: expected one of cosine"),
         ({"training": {"micro_batch_size": 5, "group_size": 2}}, "training.micro_batch_size: expected a multiple"),
         ({"model": {"tap_layers": ["last"]}}, r"model.tap_layers\[0\]: expected int"),
@@ -34,6 +38,8 @@ PARAMS = sorted((Path(__file__).parents[1] / "papermill_runs" / "params").glob("
         ({"model": {"language_model": {"lora": {"r": 8}}}}, "model.language_model.lora.r: unknown setting"),
         ({"data": {"train_files": "a.jsonl"}}, "data.train_files: expected a list"),
         ({"run_name": "../elsewhere"}, "run_name: expected a plain folder name"),
+        ({"run_name": ".."}, "run_name: expected a plain folder name"),
+        ({"seed": -1}, "seed: expected 0 to"),
     ],
 )
 def test_wrong_settings_stop_with_their_path(data, message):

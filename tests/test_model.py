@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -331,3 +333,13 @@ def test_default_data_settings_travel_with_the_model(setup):
         name: getattr(DataConfig(max_length=256), name)
         for name in ("image_size", "max_length", "visual_first", "codec")
     }
+
+
+def test_a_model_folder_is_loaded_without_a_word(setup, tmp_path):
+    """Warnings stand red in a notebook and make readers doubt a model that is whole."""
+    model, tokenizer = setup[:2]
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path)
+    code = "import sys; from roomplan_lib.training.run import load_model_folder; load_model_folder(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert "of type" not in done.stdout + done.stderr and "roomplan_vlm" not in done.stdout + done.stderr
