@@ -1,6 +1,7 @@
 """The feature cache: equal to encoding live, found damaged or stale wherever it is, filled by many and cut off at will;
 and views hidden from everything behind the encoder."""
 
+import copy
 import dataclasses
 import json
 import multiprocessing
@@ -104,9 +105,9 @@ def refuse(*args, **kwargs):
     "positions, tap_layers",
     [
         (PositionsConfig("base"), (-1,)),
-        (PositionsConfig("mlp_pe", width=16), (0, -1)),
+        pytest.param(PositionsConfig("mlp_pe", width=16), (0, -1), marks=pytest.mark.slow),
         (PositionsConfig("sin3d_pe", add_to="encoder", n_points=9), (-1,)),
-        (PositionsConfig("mlp_pe", width=16, source="vggt"), (-1, 0)),
+        pytest.param(PositionsConfig("mlp_pe", width=16, source="vggt"), (-1, 0), marks=pytest.mark.slow),
         (PositionsConfig("sin3d_pe", source="vggt", add_to="encoder", n_points=2, min_valid_share=0.5), (-1,)),
     ],
 )
@@ -329,9 +330,12 @@ def test_damage_to_files_that_are_in_use_is_noticed(cached, capsys):
     """Their tensors are mapped, so what is written over a file while a run goes on changes what the run has read."""
     fill_cache(cached)
     _, collator, samples = parts_of(cached)
-    expected = collator(samples)
-    assert all(pixels is None for pixels in collator(samples)["pixel_values"])
-    files = [files_of(cached)[0], files_of(cached, "coordinates")[1]]
+    expected = copy.deepcopy(collator(samples))
+    stores = collator.features
+    files = [
+        stores.features.path(collator.feature_parts(samples[0])),
+        stores.coordinates.path(collator.coordinate_parts(samples[-1])),
+    ]
     good = [path.read_bytes() for path in files]
     for path in files:
         damage(path)

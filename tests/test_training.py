@@ -62,8 +62,9 @@ def test_run_folder_holds_everything_and_the_loss_falls(tiny_config):
 
 
 def test_same_seed_same_loss_other_seed_other_loss(tiny_config, tmp_path):
+    config = with_training(tiny_config, max_steps=3, eval_every_steps=0)
     runs = [
-        losses(train(dataclasses.replace(tiny_config, runs_dir=str(tmp_path / name), seed=seed)))
+        losses(train(dataclasses.replace(config, runs_dir=str(tmp_path / name), seed=seed)))
         for name, seed in (("a", 0), ("b", 0), ("c", 1))
     ]
     assert runs[0] == runs[1]
