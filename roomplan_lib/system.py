@@ -81,6 +81,12 @@ def available_memory() -> int:
     return free
 
 
+def peak_memory() -> int:
+    """Bytes that this program has held at most. (getrusage would count what its parent held when it was started.)"""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) * 1024
+
+
 def free_port() -> int:
     """A TCP port of this machine that nothing listens on."""
     with socket.socket() as probe:

@@ -544,14 +544,14 @@ def test_a_run_tells_the_share_of_samples_with_positions(tiny_config, tmp_path, 
     model, collator, samples = parts_of(config)
     loader = RoomPlanTrainer(config, model, collator, samples, []).get_train_dataloader()
     shown = [[samples[i].record["scene_id"] not in lost for i, _ in batch] for batch in loader.batch_sampler]
-    steps = (shown[:1], shown[1:2], shown[2:4])  # logged after steps 1, 2 and 4
+    steps = (shown[:1], shown[1:2], shown[2:4], shown[4:5])  # logged after steps 1, 2, 4 and the last
     expected = [round(float(np.mean(sum(batches, []))), 4) for batches in steps]
     assert 0 < np.mean(expected) < 1
     entries = read_metrics(train(config) / "metrics.jsonl")
     assert [e["samples_with_positions"] for e in entries if "loss" in e] == expected
     assert [e["samples_with_positions"] for e in entries if "eval_loss" in e] == [1.0]
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
-    assert len(printed) == 4 and all("3D positions" in line for line in printed)
+    assert len(printed) == 5 and all("3D positions" in line for line in printed)
     assert f"3D positions {expected[0]:.0%}" in printed[0] and "100%" in printed[-1]
 
     base = with_positions(dataclasses.replace(config, run_name="base"), method="base")

@@ -14,7 +14,6 @@ import json
 import math
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from tqdm import tqdm
 
 from roomplan_lib.config import FeaturesConfig, LoraSettings, ResamplerConfig, RunConfig, load_run_config, to_dict
 from roomplan_lib.files import write_whole
+from roomplan_lib.system import peak_memory
 
 WINDOW = 10  # steps whose mean time is one measurement; as many are made before the first
 REPEATS = 5  # of saving and loading
@@ -286,7 +286,7 @@ class Clock:
             "step_s": wall_s.tolist(),
             "step_cpu_s": cpu_s.tolist(),
             "samples_per_s": (num_samples / wall_s).tolist(),
-            "memory_gb": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9,  # Linux counts it in KiB
+            "memory_gb": peak_memory() / 1e9,
             "first_loss": self.first_loss,
         }
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,7 @@ import yaml
 
 from roomplan_lib.config import RunConfig, load_run_config, to_dict
 from roomplan_lib.files import write_whole
-from roomplan_lib.system import available_memory
+from roomplan_lib.system import available_memory, peak_memory
 
 USABLE = 0.9  # of the free memory; the rest is for fragmentation and what a probe does not see
 MB = 1e6
@@ -177,7 +176,7 @@ def main(path: Path, sizes: list[int], limit: int | None) -> None:
                 rate = size / (time.perf_counter() - start)
             except torch.cuda.OutOfMemoryError:
                 rate = None
-            peak = torch.cuda.max_memory_allocated() if cuda else resident_peak()
+            peak = torch.cuda.max_memory_allocated() if cuda else peak_memory()
             measured.append(Measurement(size, peak, limit, rate))
         print(json.dumps(dataclasses.asdict(measured[-1])), flush=True)
         if not measured[-1].fits:
@@ -197,11 +196,6 @@ def largest_samples(samples: list, size: int, group_size: int) -> list:
     order = sorted(longest, key=lambda key: (len(key), longest[key][0]), reverse=True)
     chosen = [samples[longest[order[i % len(order)]][1]] for i in range(size // group_size)]
     return [sample for sample in chosen for _ in range(group_size)]
-
-
-def resident_peak() -> int:
-    """Bytes of memory that this process has held at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

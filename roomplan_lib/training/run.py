@@ -1,7 +1,4 @@
-"""A run: its folder, its model, its training from the newest whole checkpoint to the end.
-
-`python -m roomplan_lib.training.run RUN_YAML` is one process of a run, as launchers start it.
-"""
+"""A run: its folder, its model, its training from the newest whole checkpoint to the end."""
 
 from __future__ import annotations
 
@@ -11,13 +8,11 @@ import json
 import os
 import platform
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import yaml
-from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging as transformers_logging
 
@@ -390,18 +385,3 @@ def _surroundings() -> dict:
         "devices": devices,
         "cpu_count": os.cpu_count(),
     }
-
-
-@record
-def main() -> None:
-    """One process of a run: the YAML of its whole settings is the one argument. A requested stop is no failure."""
-    try:
-        run_dir = train(load_run_config(sys.argv[1]))
-    except Preempted as stop:
-        run_dir = stop
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(run_dir)
-
-
-if __name__ == "__main__":
-    main()

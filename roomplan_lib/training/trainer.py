@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
 import signal
 import statistics
 import time
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from roomplan_lib.config import RunConfig, TrainingConfig
 from roomplan_lib.model.vlm import RoomPlanVLM
+from roomplan_lib.system import peak_memory
 from roomplan_lib.training import checkpoint as checkpoints
 from roomplan_lib.training.answers import Answer, greedy_answers, score_answers, summarise_answers
 from roomplan_lib.training.collator import IGNORE_INDEX, Collator, Sample
@@ -368,7 +368,7 @@ class _Counts:
         if processes.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated(processes.device)
         else:
-            memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts it in KiB
+            memory = peak_memory()
         seconds = max(self.seconds, 1e-9)
         return {
             "samples_per_s": round(self.samples / seconds, 2),
