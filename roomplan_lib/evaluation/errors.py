@@ -29,7 +29,7 @@ from roomplan_lib.actions import (
     format_action,
     parse_action,
 )
-from roomplan_lib.evaluation.bootstrap import with_intervals
+from roomplan_lib.evaluation.bootstrap import weighted_median, with_intervals
 from roomplan_lib.evaluation.box_metrics import box_errors, match_boxes, scale_factor
 from roomplan_lib.evaluation.layout_metrics import (
     PLANE_M,
@@ -131,6 +131,7 @@ NUMBERS = (
     "extent_error_m", "yaw_error_deg", "size_ratio", "scale", "em", "em_refined", "num_true", "num_predicted",
     "num_found", "num_missing", "num_extra", "num_doubled",
 )  # fmt: skip
+MEDIANS = ("center_error_m", "horizontal_error_m", "vertical_error_m", "extent_error_m")  # metres without a limit
 TEXTS = (
     "scene_id", "task", "section", "failure", "category", "predicted_category", "question_type", "answer_kind",
     "eval_type",
@@ -612,6 +613,8 @@ class Bin:
 def bin_scores(table: ErrorTable, by: str, measure: str = "hit", *, bins: Sequence[str] | None = None) -> list[Bin]:
     """The mean of a column in parts of another, those without either left out; [] where nothing is known.
 
+    Of MEDIANS the median: one answer that puts a box a kilometre away would be the mean of its part.
+
     by: numbers are cut at EDGES (lower edge included) or, without any, taken one by one; of texts the commonest come
     first, at most MAX_BINS, the rest are "others". bins: the labels to have, in their order, of another table: those
     that are empty here are left out.
@@ -628,12 +631,15 @@ def bin_scores(table: ErrorTable, by: str, measure: str = "hit", *, bins: Sequen
     names = [name for name in names if (keys == name).any()]
     index = np.array([names.index(key) if key in names else len(names) for key in keys])
 
+    def medians(weights: np.ndarray) -> dict[int, float | None]:
+        return {k: weighted_median(values[index == k], weights[index == k]) for k in range(len(names))}
+
     def means(weights: np.ndarray) -> dict[int, float | None]:
         sums = np.bincount(index, weights * values, len(names) + 1)
         counts = np.bincount(index, weights, len(names) + 1)
         return {k: sums[k] / counts[k] if counts[k] else None for k in range(len(names))}
 
-    scores = with_intervals(means, list(scenes))
+    scores = with_intervals(medians if measure in MEDIANS else means, list(scenes))
     result = []
     for k, name in enumerate(names):
         num_scenes = len(set(scenes[index == k]))
