@@ -80,6 +80,15 @@ def config(settings, tmp_path):
     return change(settings, runs_dir=str(tmp_path))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Runs in this process and in others are compared to the bit, and sums over threads round in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def whole(settings):
     """The run's folder after an uninterrupted training."""
