@@ -392,6 +392,24 @@ def train(
 
 
 @command
+def pretrain(
+    params: Annotated[Path, typer.Argument(help="Stage file, e.g. papermill_runs/params/tiny_pretrain_vggt.yaml.")],
+    run_name: RunName = None,
+) -> None:
+    """Train VGGT itself on posed RGB-D scenes; model.vggt_weights reads the run's model folder. It goes on from its
+    newest whole checkpoint as `train` does. Exit status 75: it was stopped, and has saved."""
+    from roomplan_lib.config import load_pretrain_config
+    from roomplan_lib.training.pretrain import pretrain as train_vggt
+    from roomplan_lib.training.status import Preempted
+
+    try:
+        print(train_vggt(load_pretrain_config(params, run_name=run_name)))
+    except Preempted as stopped:
+        print(f"roomplan pretrain: {stopped}", file=sys.stderr)
+        raise typer.Exit(75) from None  # EX_TEMPFAIL of sysexits.h: run it again
+
+
+@command
 def consolidate(
     run: Annotated[Path, typer.Argument(help="Folder of a run, a model folder or a checkpoint.")],
     output: Annotated[Path | None, typer.Option(help="Folder to make; beside the weights when left out.")] = None,

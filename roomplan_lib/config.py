@@ -213,10 +213,7 @@ class RunConfig:
     prediction: PredictionConfig = field(default_factory=PredictionConfig)
 
     def __post_init__(self) -> None:
-        if self.run_name in ("", "..") or Path(self.run_name).name != self.run_name:
-            raise ValueError(f"run_name: expected a plain folder name, got {self.run_name!r}")
-        if not 0 <= self.seed < 2**32:  # as NumPy's generators take it
-            raise ValueError(f"seed: expected 0 to {2**32 - 1}, got {self.seed}")
+        _check_run(self)
         training = self.training
         for name in (
             "max_steps", "micro_batch_size", "group_size", "gradient_accumulation_steps", "log_every_steps",
@@ -247,6 +244,118 @@ class RunConfig:
         return Path(self.runs_dir) / self.run_name
 
 
+@dataclass(frozen=True)
+class PretrainDataConfig:
+    """View sets that VGGT learns geometry from."""
+
+    scenes: tuple[str, ...] = ("data/raw/rooms",)  # folders of posed RGB-D scenes in an ARKitScenes layout
+    packed: str = "data/processed/packed"  # folder for their views at training size, made on first use
+    num_scenes: int = 0  # training scenes, the first so many; 0 = all
+    image_size: int = 112  # pixels of a view's longest side; both sides become multiples of the patch size
+    min_views: int = 2  # views of a set, drawn for each step from min_views to max_views
+    max_views: int = 10
+    color_jitter: float = 0.3  # each view's brightness and contrast change by up to this share; 0 = never
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.min_views <= self.max_views:
+            raise ValueError(
+                f"data.min_views: expected 2 to max_views {self.max_views}, got {self.min_views}; one view has no "
+                "camera to learn"
+            )
+        for name, least in (("num_scenes", 0), ("image_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"data.{name}: expected at least {least}, got {getattr(self, name)}")
+        if not self.scenes:
+            raise ValueError("data.scenes: expected one folder or more, got none")
+        if not 0 <= self.color_jitter < 1:
+            raise ValueError(f"data.color_jitter: expected 0 to below 1, got {self.color_jitter:g}")
+
+
+@dataclass(frozen=True)
+class GeometryLossConfig:
+    """Weights of VGGT's losses; 0 = a loss that is left out."""
+
+    camera_weight: float = 1.0
+    depth_weight: float = 1.0
+    point_weight: float = 1.0
+    category_weight: float = 0.0  # of each patch's furniture category, read by a linear layer that is thrown away
+    camera_decay: float = 0.6  # weight of a refinement's camera loss over that of the next one
+    huber_delta: float = 0.1  # of the camera loss, in units of the pose encoding
+    confidence_alpha: float = 0.2  # reward for confidence; an error above it is best given no more than confidence 1
+    gradient_weight: float = 1.0  # of the differences between neighbouring pixels, in the depth and point losses
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 0:
+                raise ValueError(f"loss.{name}: expected 0 or more, got {value:g}")
+        if not self.camera_weight + self.depth_weight + self.point_weight:
+            raise ValueError("loss: expected a weight above 0 for camera, depth or point")
+        if not self.huber_delta:
+            raise ValueError("loss.huber_delta: expected a number above 0, got 0")
+
+
+@dataclass(frozen=True)
+class PretrainTrainingConfig:
+    max_steps: int = 2000
+    num_views: int = 32  # views per step, shared by as many view sets as they are enough for
+    learning_rate: float = 1.0e-3
+    weight_decay: float = 0.05  # matrices only
+    warmup_ratio: float = 0.05
+    lr_scheduler: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    max_grad_norm: float = 1.0  # a longer gradient is scaled down to it, 0 = never
+    bf16: bool = True  # forward and backward pass under autocast; losses and weights stay float32
+    log_every_steps: int = 20
+    eval_every_steps: int = 250  # 0 = never
+    num_eval_sets: int = 64  # held-out view sets
+    num_eval_views: int = 8  # of each
+    save_every_steps: int = 250
+    keep_checkpoints: int = 2
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self) -> None:
+        for name in (
+            "max_steps", "num_views", "log_every_steps", "num_eval_sets", "save_every_steps", "keep_checkpoints",
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"training.{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "eval_every_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"training.{name}: expected 0 or more, got {getattr(self, name):g}")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ValueError(f"training.warmup_ratio: expected 0 to 1, got {self.warmup_ratio:g}")
+        if self.num_eval_views < 2:
+            raise ValueError(f"training.num_eval_views: expected at least 2, got {self.num_eval_views}")
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """A run that trains VGGT itself; what it makes is read by `model.vggt_weights` of a RunConfig."""
+
+    run_name: str = "tiny_pretrain_vggt"
+    runs_dir: str = "papermill_runs"
+    seed: int = 0
+    data: PretrainDataConfig = field(default_factory=PretrainDataConfig)
+    vggt: dict = field(default_factory=dict)  # fields of VGGTConfig; {} = VGGT-1B
+    vggt_weights: str = ""  # file or folder of weights that the run starts from; "" = random weights
+    loss: GeometryLossConfig = field(default_factory=GeometryLossConfig)
+    training: PretrainTrainingConfig = field(default_factory=PretrainTrainingConfig)
+
+    def __post_init__(self) -> None:
+        _check_run(self)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs_dir) / self.run_name
+
+
+def _check_run(config: RunConfig | PretrainConfig) -> None:
+    """ValueError for a run's name that is no plain folder, or a seed that NumPy's generators do not take."""
+    if config.run_name in ("", "..") or Path(config.run_name).name != config.run_name:
+        raise ValueError(f"run_name: expected a plain folder name, got {config.run_name!r}")
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"seed: expected 0 to {2**32 - 1}, got {config.seed}")
+
+
 def data_path(path: str) -> Path:
     """Where a file named in a stage file lies: `data/...` moves below $ROOMPLAN_DATA when that is set."""
     root = os.environ.get("ROOMPLAN_DATA")
@@ -273,13 +382,22 @@ def load_run_config(path: str | Path, **overrides: Any) -> RunConfig:
 
     Raises ValueError for an unreadable file, an unknown key or a value of the wrong type.
     """
+    return _load(RunConfig, path, overrides)
+
+
+def load_pretrain_config(path: str | Path, **overrides: Any) -> PretrainConfig:
+    """As `load_run_config`, for a stage file that trains VGGT itself."""
+    return _load(PretrainConfig, path, overrides)
+
+
+def _load(kind: type[T], path: str | Path, overrides: dict[str, Any]) -> T:
     try:
         data = yaml.safe_load(Path(path).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: cannot read the settings: {error}") from None
     if not isinstance(data or {}, dict):
         raise ValueError(f"{path}: expected a mapping of settings, got {type(data).__name__}")
-    return parse(RunConfig, {**(data or {}), **{k: v for k, v in overrides.items() if v is not None}})
+    return parse(kind, {**(data or {}), **{k: v for k, v in overrides.items() if v is not None}})
 
 
 def run_config_from_notebook(namespace: dict[str, Any]) -> RunConfig:

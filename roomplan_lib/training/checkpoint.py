@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from roomplan_lib.files import file_hash, write_whole
+from roomplan_lib.model.vggt import VGGT
 from roomplan_lib.model.vlm import RoomPlanVLM
 from roomplan_lib.training.processes import Processes
 
@@ -87,8 +88,8 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
 
 def save_checkpoint(
     folder: Path,
-    model: RoomPlanVLM,
-    tokenizer: PreTrainedTokenizerBase,
+    model: RoomPlanVLM | VGGT,
+    tokenizer: PreTrainedTokenizerBase | None,
     weights: Mapping[str, Tensor],
     moments: Mapping[str, Tensor],
     random: Mapping[str, Tensor],
@@ -104,7 +105,8 @@ def save_checkpoint(
     clear_partial(folder)
     try:
         model.save_pretrained(staging, state_dict=weights)
-        tokenizer.save_pretrained(staging)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
         save_file(dict(moments), staging / OPTIMIZER)
         save_file(dict(random), staging / RANDOM)
         files = {

@@ -42,7 +42,8 @@ class Metrics:
             ]
         else:
             names = {"eval_loss": "held-out loss", "eval_em": "exact", "eval_valid_json_rate": "valid actions"}
-            names["eval_center_error_m"] = "center error (m)"
+            names |= {"eval_center_error_m": "center error (m)", "eval_depth_abs_rel": "held-out depth AbsRel"}
+            names |= {"eval_rotation_error_deg": "rotation error (deg)", "eval_point_rmse_m": "points RMSE (m)"}
             parts += [f"{text} {entry[key]:.4f}" for key, text in names.items() if key in entry]
         if "samples_with_positions" in entry:  # of 1: those of which at least one patch had coordinates
             parts.append(f"3D positions {entry['samples_with_positions']:.0%}")

@@ -16,7 +16,7 @@ import yaml
 from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging as transformers_logging
 
-from roomplan_lib.config import DataConfig, FeaturesConfig, RunConfig, load_run_config, parse, to_dict
+from roomplan_lib.config import DataConfig, FeaturesConfig, PretrainConfig, RunConfig, load_run_config, parse, to_dict
 from roomplan_lib.files import file_hash, write_whole
 from roomplan_lib.model.describe import describe
 from roomplan_lib.model.vlm import RoomPlanVLM, build_model
@@ -268,7 +268,7 @@ def open_run(config: RunConfig, world_size: int = 0) -> int:
     if old_record and (old_samples := old_record["samples"]) != samples:
         changed = [file for file in samples if old_samples.get(file) != samples[file]]
         raise ValueError(f"{run_dir} was made from other samples than {changed}; choose another run_name or delete it")
-    record = _surroundings() | {"samples": samples}
+    record = surroundings() | {"samples": samples}
     record |= {"global_batch_size": batch_size} if batch_size else {}
     if training.start_from:
         record["started_from"] = old_record.get("started_from") or _started_from(config)
@@ -284,8 +284,7 @@ def _check_settings(config: RunConfig, old_config: RunConfig, batch_size: int, w
 
     Settings that its run.yaml lacks, being older than they, have their defaults in `old_config`.
     """
-    old, new = _flat(to_dict(old_config)), _flat(to_dict(config))
-    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    changed = changed_settings(old_config, config)
     cut = [key for key in changed if key in CUT]
     refused = [key for key in changed if not key.startswith(FREE) and key not in cut]
     new_size = config.training.micro_batch_size * config.training.gradient_accumulation_steps * world_size
@@ -294,12 +293,12 @@ def _check_settings(config: RunConfig, old_config: RunConfig, batch_size: int, w
         refused += cut
         sizes = f"; global batch size {batch_size} -> {new_size}"
     if refused:
-        listed = "; ".join(f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in refused)
+        listed = "; ".join(changed[key] for key in refused)
         raise ValueError(
             f"{config.run_dir} holds a run of other settings ({listed}{sizes}); choose another run_name or delete it"
         )
-    for key in changed:
-        print(f"{config.run_dir}: {key} is now {new.get(key)!r}, was {old.get(key)!r}; nothing learned depends on it")
+    for change in changed.values():
+        print(f"{config.run_dir}: {change}; nothing learned depends on it")
 
 
 def _started_from(config: RunConfig) -> dict:
@@ -362,6 +361,16 @@ def load_model_folder(folder: Path) -> tuple[RoomPlanVLM, PreTrainedTokenizerBas
     return RoomPlanVLM.from_pretrained(folder), load_tokenizer(folder)
 
 
+def changed_settings(old: RunConfig | PretrainConfig, new: RunConfig | PretrainConfig) -> dict[str, str]:
+    """`key: old -> new` by key of the settings that differ."""
+    before, after = _flat(to_dict(old)), _flat(to_dict(new))
+    return {
+        key: f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in {**before, **after}
+        if before.get(key) != after.get(key)
+    }
+
+
 def _flat(data: dict, prefix: str = "") -> dict:
     items = {}
     for key, value in (data or {}).items():
@@ -369,7 +378,8 @@ def _flat(data: dict, prefix: str = "") -> dict:
     return items
 
 
-def _surroundings() -> dict:
+def surroundings() -> dict:
+    """What a run.json tells of the machine: git commit, versions, devices."""
     versions = {}
     for name in PACKAGES:
         try:

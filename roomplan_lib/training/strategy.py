@@ -12,9 +12,9 @@ from contextlib import nullcontext
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from roomplan_lib.config import RunConfig
+from roomplan_lib.config import PretrainConfig, RunConfig
 from roomplan_lib.model.vlm import RoomPlanVLM
 from roomplan_lib.training.processes import Processes
 
@@ -31,7 +31,9 @@ class Replicated:
     frozen (the encoder, the base of the language model) is never looked at.
     """
 
-    def __init__(self, config: RunConfig, model: RoomPlanVLM, groups: list[dict], processes: Processes) -> None:
+    def __init__(
+        self, config: RunConfig | PretrainConfig, model: nn.Module, groups: list[dict], processes: Processes
+    ) -> None:
         self.settings, self.processes = config.training, processes
         self.model = model.to(processes.device)
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

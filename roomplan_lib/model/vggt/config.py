@@ -36,6 +36,7 @@ class VGGTConfig:
     head_layers: tuple[int, int, int, int] = (4, 11, 17, 23)  # layers that the depth and point heads read
     dpt_features: int = 256  # channels of the fused maps
     dpt_out_channels: tuple[int, int, int, int] = (256, 512, 1024, 1024)  # channels per layer before the fusion
+    dpt_last_channels: int = 32  # channels of the full-size map that the last layer reads
     frames_chunk_size: int = 8  # views that the depth and point heads process at once; bounds their memory
     camera_trunk_depth: int = 4
     camera_num_heads: int = 16

@@ -100,7 +100,9 @@ class DPTScratch(nn.Module):
             setattr(self, f"refinenet{index}", FusionBlock(features, has_residual=index < 4))
         self.output_conv1 = nn.Conv2d(features, features // 2, 3, padding=1)
         self.output_conv2 = nn.Sequential(
-            nn.Conv2d(features // 2, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, num_outputs, 1)
+            nn.Conv2d(features // 2, config.dpt_last_channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(config.dpt_last_channels, num_outputs, 1),
         )
 
     def fuse(self, maps: list[Tensor]) -> Tensor:
@@ -168,7 +170,8 @@ class DPTHead(nn.Module):
         # Views do not see each other here, so a few at a time give the same numbers in less memory.
         chunks = zip(*(tokens.split(self.chunk_size) for tokens in patches), strict=True)
         raw = torch.cat([self._predict(chunk, image_size_hw) for chunk in chunks])
-        raw = raw.permute(0, 2, 3, 1).unflatten(0, (batch, views))
+        # Exponentials of bfloat16 numbers, as training under autocast has them, would be off by a percent.
+        raw = raw.float().permute(0, 2, 3, 1).unflatten(0, (batch, views))
         return self.activation(raw[..., :-1]), 1 + raw[..., -1].exp()
 
     def _predict(self, patches: tuple[Tensor, ...], image_size_hw: tuple[int, int]) -> Tensor:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from roomplan_lib.files import new_file, write_whole
 from roomplan_lib.model.vggt.aggregator import Aggregator
 from roomplan_lib.model.vggt.config import VGGTConfig
 from roomplan_lib.model.vggt.heads import CameraHead, depth_head, point_head
@@ -50,6 +55,16 @@ class VGGT(nn.Module):
 
     def train(self, mode: bool = True) -> VGGT:
         return super().train(mode and not self.frozen)
+
+    def save_pretrained(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        """Writes a folder that `load_vggt` reads: config.json and model.safetensors, with the published keys.
+
+        state_dict: the weights that are written, in their dtype; the model's own when left out.
+        """
+        weights = self.state_dict() if state_dict is None else state_dict
+        with new_file(Path(folder) / "model.safetensors") as file:
+            file.write(save({key: value.contiguous() for key, value in weights.items()}))
+        write_whole(Path(folder) / "config.json", json.dumps(dataclasses.asdict(self.config), indent=1) + "\n")
 
     def forward(self, images: Tensor, heads: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Predictions of `heads` ("camera", "depth", "point"; None = all that are built), all fp32.
