@@ -225,7 +225,7 @@ def test_it_learns(micro, tmp_path):
     """Two rooms, in bfloat16: all losses fall, and depth beats what the untrained net says."""
     config = changed(micro, runs_dir=str(tmp_path))
     config = changed(config, "data", num_scenes=2, color_jitter=0.0)
-    config = changed(config, "training", max_steps=80, num_views=16, log_every_steps=10, eval_every_steps=0)
+    config = changed(config, "training", max_steps=60, num_views=8, log_every_steps=10, eval_every_steps=0)
     entries = losses(pretrain(config))
     for name in ("camera_loss", "depth_loss", "point_loss", "category_loss"):
         assert entries[-1][name] < 0.8 * entries[0][name], name
@@ -312,6 +312,66 @@ def test_stage_file_states_every_field_and_builds_a_small_enough_vggt():
     with torch.device("meta"):
         model = VGGT(parse(VGGTConfig, config.vggt))
     assert 2 * sum(p.numel() for p in model.parameters()) < 20e6  # bytes in bfloat16
+
+
+# What each setting that a run learns from is changed to; two steps of training then end in other weights.
+LEARNED = {
+    "seed": 1,
+    "data.num_scenes": 2,
+    "data.image_size": 42,
+    "data.min_views": 4,
+    "data.max_views": 2,
+    "data.color_jitter": 0.0,
+    "loss.camera_weight": 2.0,
+    "loss.depth_weight": 2.0,
+    "loss.point_weight": 2.0,
+    "loss.category_weight": 0.0,
+    "loss.camera_decay": 0.5,
+    "loss.huber_delta": 0.05,
+    "loss.confidence_alpha": 0.1,
+    "loss.gradient_weight": 0.0,
+    "training.max_steps": 1,
+    "training.num_views": 4,
+    "training.learning_rate": 1e-3,
+    "training.weight_decay": 0.5,
+    "training.warmup_ratio": 0.5,
+    "training.lr_scheduler": "linear",
+    "training.max_grad_norm": 0.01,
+    "training.bf16": False,
+}
+# Those that change what is read, shown or kept, each with a test above; `scenes` and `packed` are the folders it needs.
+OTHERS = {
+    "run_name", "runs_dir", "vggt", "vggt_weights", "data.scenes", "data.packed", "training.log_every_steps",
+    "training.eval_every_steps", "training.num_eval_sets", "training.num_eval_views", "training.save_every_steps",
+    "training.keep_checkpoints", "training.device",
+}  # fmt: skip
+
+
+def with_value(config: PretrainConfig, key: str, value) -> PretrainConfig:
+    section, _, name = key.rpartition(".")
+    return changed(config, section, **{name: value})
+
+
+def test_every_setting_is_accounted_for():
+    values = to_dict(PretrainConfig())
+    keys = {k for k, v in values.items() if k == "vggt" or not isinstance(v, dict)}
+    keys |= {f"{section}.{key}" for section in ("data", "loss", "training") for key in values[section]}
+    assert keys == LEARNED.keys() | OTHERS
+
+
+@pytest.fixture(scope="session")
+def short(micro) -> tuple[PretrainConfig, bytes]:
+    """A run of three steps, and its weights."""
+    config = changed(micro, "training", max_steps=3, eval_every_steps=0, num_eval_sets=1, lr_scheduler="cosine")
+    config = changed(config, run_name="short")
+    return config, (pretrain(config) / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("key", LEARNED)
+def test_each_setting_changes_what_is_learned(short, tmp_path, key):
+    config, weights = short
+    run_dir = pretrain(with_value(changed(config, runs_dir=str(tmp_path)), key, LEARNED[key]))
+    assert (run_dir / "model" / "model.safetensors").read_bytes() != weights
 
 
 @pytest.mark.parametrize(
