@@ -255,6 +255,7 @@ class PretrainDataConfig:
     min_views: int = 2  # views of a set, drawn for each step from min_views to max_views
     max_views: int = 10
     color_jitter: float = 0.3  # each view's brightness and contrast change by up to this share; 0 = never
+    num_workers: int = 0  # loader processes
 
     def __post_init__(self) -> None:
         if not 2 <= self.min_views <= self.max_views:
@@ -262,7 +263,7 @@ class PretrainDataConfig:
                 f"data.min_views: expected 2 to max_views {self.max_views}, got {self.min_views}; one view has no "
                 "camera to learn"
             )
-        for name, least in (("num_scenes", 0), ("image_size", 1)):
+        for name, least in (("num_scenes", 0), ("image_size", 1), ("num_workers", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"data.{name}: expected at least {least}, got {getattr(self, name)}")
         if not self.scenes:

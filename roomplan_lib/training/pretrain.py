@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import torch
 import yaml
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from roomplan_lib.config import PretrainConfig, data_path, load_pretrain_config, parse, to_dict
 from roomplan_lib.files import write_whole
@@ -25,14 +26,14 @@ from roomplan_lib.training.processes import Processes, resolve_device
 from roomplan_lib.training.run import changed_settings, surroundings
 from roomplan_lib.training.status import Preempted, RunLock, StopRequest, write_status
 from roomplan_lib.training.strategy import Replicated
-from roomplan_lib.training.trainer import schedule_factor, to_device
-from roomplan_lib.training.view_sets import NUM_CATEGORIES, PackedScenes, draw_step, held_out_sets
+from roomplan_lib.training.trainer import leave_signals, schedule_factor, to_device
+from roomplan_lib.training.view_sets import NUM_CATEGORIES, DrawnSteps, PackedScenes, held_out_sets
 
 # Settings that change nothing learned, so a run that goes on may have others.
 FREE = (
-    "run_name", "runs_dir", "data.scenes", "data.packed", "training.log_every_steps", "training.eval_every_steps",
-    "training.num_eval_sets", "training.num_eval_views", "training.save_every_steps", "training.keep_checkpoints",
-    "training.device",
+    "run_name", "runs_dir", "data.scenes", "data.packed", "data.num_workers", "training.log_every_steps",
+    "training.eval_every_steps", "training.num_eval_sets", "training.num_eval_views", "training.save_every_steps",
+    "training.keep_checkpoints", "training.device",
 )  # fmt: skip
 CATEGORY_HEAD = "category_head."  # its weights lie beside the moments: no model folder has them
 EVAL_BATCH = 8  # view sets
@@ -180,10 +181,11 @@ class _Run:
         self.metrics = Metrics(self.run_dir, self.step, settings.max_steps, self.on_log)
         stop = StopRequest(self.run_dir / "STOP")
         self.tell("running")
+        self.clock = time.monotonic()
         try:
             with stop.listening():
-                while self.step < settings.max_steps:
-                    self._make_step()
+                for batch in self._batches():
+                    self._make_step(batch)
                     is_last = self.step == settings.max_steps
                     if self.step % settings.log_every_steps == 0 or is_last:
                         self._log()
@@ -192,6 +194,7 @@ class _Run:
                         self.metrics({"step": self.step} | self._evaluate(self.learner))
                     if asked or is_last or self.step % settings.save_every_steps == 0:
                         self._save()
+                    self.clock = time.monotonic()  # neither evaluation nor saving counts as training
                     if asked and not is_last:
                         raise Preempted(
                             f"{self.run_dir}: stopped on request after step {self.step} of {settings.max_steps}; a "
@@ -203,9 +206,22 @@ class _Run:
         stop.stop_file.unlink(missing_ok=True)
         self._finish()
 
-    def _make_step(self) -> None:
-        settings, started = self.config.training, time.monotonic()
-        batch = draw_step(self.scenes["train"], self.config.seed, self.step, settings.num_views, self.config.data)
+    def _batches(self) -> DataLoader:
+        """Those of the steps that are still to be made."""
+        settings, data = self.config.training, self.config.data
+        steps = DrawnSteps(
+            self.scenes["train"], self.config.seed, self.step, settings.max_steps, settings.num_views, data
+        )
+        return DataLoader(
+            steps,
+            batch_size=None,
+            num_workers=data.num_workers,
+            pin_memory=self.processes.device.type == "cuda",
+            worker_init_fn=leave_signals,
+        )
+
+    def _make_step(self, batch: dict[str, Tensor]) -> None:
+        settings = self.config.training
         batch = to_device(batch, self.processes.device)
         self.rate = settings.learning_rate * schedule_factor(self.step, settings)
         self.strategy.forward_backward(batch, len(batch["images"]), last=True)
@@ -221,7 +237,8 @@ class _Run:
         self.num_summed += 1
         self.num_sets += len(batch["images"])
         self.num_tokens += batch["categories"].shape[:3].numel()
-        self.seconds += time.monotonic() - started
+        self.seconds += time.monotonic() - self.clock
+        self.clock = time.monotonic()
 
     def _log(self) -> None:
         """Means of the losses since the last entry, the rate of the steps that this start has made."""

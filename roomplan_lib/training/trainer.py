@@ -100,7 +100,7 @@ class RoomPlanTrainer:
             num_workers=self.config.data.num_workers,
             pin_memory=self.processes.device.type == "cuda",
             generator=torch.Generator(),  # the loader's own: drawing its seed must not move the model's
-            worker_init_fn=_leave_signals,
+            worker_init_fn=leave_signals,
         )
 
     def _read(self, loader: DataLoader) -> Iterator:
@@ -384,7 +384,7 @@ class _Counts:
         return {"samples_with_positions": round(count / self.samples, 4)}
 
 
-def _leave_signals(_worker: int) -> None:
+def leave_signals(_worker: int) -> None:
     """In a loader process: a signal to the whole process group asks the trainer for a stop, which still needs it."""
     for kind in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(kind, signal.SIG_IGN)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from roomplan_lib.config import PretrainDataConfig, data_path
@@ -160,6 +161,24 @@ def draw_step(
     batch = collate_sets(sets)
     batch["images"] = jitter_colors(batch["images"], settings.color_jitter, rng)
     return batch
+
+
+@dataclass(frozen=True)
+class DrawnSteps(Dataset):
+    """The batches of `draw_step` from the step after `first_step` to the last, for loader processes."""
+
+    scenes: PackedScenes
+    seed: int
+    first_step: int
+    max_steps: int
+    num_views: int
+    settings: PretrainDataConfig
+
+    def __len__(self) -> int:
+        return self.max_steps - self.first_step
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return draw_step(self.scenes, self.seed, self.first_step + index, self.num_views, self.settings)
 
 
 def held_out_sets(
