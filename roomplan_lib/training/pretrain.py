@@ -320,7 +320,8 @@ def _parameter_groups(learner: GeometryLearner, weight_decay: float) -> list[dic
 
 def _check_settings(config: PretrainConfig, old: PretrainConfig) -> None:
     """ValueError for settings that a run of `old` cannot go on with."""
-    refused = [change for key, change in changed_settings(old, config).items() if not key.startswith(FREE)]
+    changed = changed_settings(old, config).items()
+    refused = [f"{key}: {before!r} -> {after!r}" for key, (before, after) in changed if not key.startswith(FREE)]
     if refused:
         raise ValueError(
             f"{config.run_dir} holds a run of other settings ({'; '.join(refused)}); choose another run_name or "

@@ -293,12 +293,12 @@ def _check_settings(config: RunConfig, old_config: RunConfig, batch_size: int, w
         refused += cut
         sizes = f"; global batch size {batch_size} -> {new_size}"
     if refused:
-        listed = "; ".join(changed[key] for key in refused)
+        listed = "; ".join(f"{key}: {changed[key][0]!r} -> {changed[key][1]!r}" for key in refused)
         raise ValueError(
             f"{config.run_dir} holds a run of other settings ({listed}{sizes}); choose another run_name or delete it"
         )
-    for change in changed.values():
-        print(f"{config.run_dir}: {change}; nothing learned depends on it")
+    for key, (old, new) in changed.items():
+        print(f"{config.run_dir}: {key} is now {new!r}, was {old!r}; nothing learned depends on it")
 
 
 def _started_from(config: RunConfig) -> dict:
@@ -361,14 +361,13 @@ def load_model_folder(folder: Path) -> tuple[RoomPlanVLM, PreTrainedTokenizerBas
     return RoomPlanVLM.from_pretrained(folder), load_tokenizer(folder)
 
 
-def changed_settings(old: RunConfig | PretrainConfig, new: RunConfig | PretrainConfig) -> dict[str, str]:
-    """`key: old -> new` by key of the settings that differ."""
+def changed_settings(
+    old: RunConfig | PretrainConfig, new: RunConfig | PretrainConfig
+) -> dict[str, tuple[object, object]]:
+    """The settings that differ, by key: the old value and the new one."""
     before, after = _flat(to_dict(old)), _flat(to_dict(new))
-    return {
-        key: f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
-        for key in {**before, **after}
-        if before.get(key) != after.get(key)
-    }
+    pairs = {key: (before.get(key), after.get(key)) for key in {**before, **after}}
+    return {key: (first, second) for key, (first, second) in pairs.items() if first != second}
 
 
 def _flat(data: dict, prefix: str = "") -> dict:
