@@ -146,7 +146,7 @@ def test_steps_draw_random_sets_of_equal_numbers_alone(scenes):
     i, k = shown[0][1]
     assert torch.equal(steps[0]["images"][0, 1], torch.tensor(scenes[i].rgb[k]).permute(2, 0, 1) / 255)
     assert torch.equal(steps[0]["depth"][0, 1], torch.tensor(scenes[i].depth[k]).float() / 1000)
-    with pytest.raises(ValueError, match="data.max_views asks for 11"):
+    with pytest.raises(ValueError, match=r"scene 8\d+ has 10 posed views, a set of 11 is wanted; lower data.max_views"):
         draw_step(scenes, 0, 0, 24, dataclasses.replace(settings, min_views=11, max_views=11))
 
 
@@ -285,6 +285,24 @@ def test_other_settings_are_refused_by_name(micro, finished, tmp_path):
     (config.run_dir / "STOP").unlink()
     with pytest.raises(ValueError, match=r"loss.depth_weight: 1.0 -> 2.0.*choose another run_name"):
         pretrain(changed(config, "loss", depth_weight=2.0))
+
+
+def test_other_scenes_are_refused(micro, rooms_root, tmp_path):
+    """With num_scenes 0 a run takes all scenes that are there; one more would change every draw."""
+    folder = tmp_path / "rooms"
+    folder.mkdir()
+    for scene in sorted(rooms_root.glob("*/*"))[:5] + sorted(rooms_root.glob("Validation/*")):
+        (folder / scene.parent.name).mkdir(exist_ok=True)
+        (folder / scene.parent.name / scene.name).symlink_to(scene)
+    config = changed(changed(micro, runs_dir=str(tmp_path)), "data", scenes=(str(folder),))
+    with pytest.raises(RuntimeError, match="stopped on request"):
+        pretrain(config, on_log=lambda entry: (config.run_dir / "STOP").touch())
+    (config.run_dir / "STOP").unlink()
+    (folder / "Training" / sorted(rooms_root.glob("Training/*"))[6].name).symlink_to(
+        sorted(rooms_root.glob("Training/*"))[6]
+    )
+    with pytest.raises(ValueError, match=r"begun with other training scenes than the 6 .*data.num_scenes"):
+        pretrain(config)
 
 
 @pytest.mark.slow

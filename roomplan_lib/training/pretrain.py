@@ -66,17 +66,16 @@ class GeometryLearner(nn.Module):
 
     def predict(self, images: Tensor) -> dict:
         """All that `geometry_loss` and `geometry_errors` read, in fp32; the heads follow an autocast around this."""
-        layers = self.vggt.head_layers(self.heads)
         last = self.vggt.config.depth - 1
-        tokens, start = self.vggt.aggregator(images, sorted({*layers, last}))
-        tokens = dict(zip(sorted({*layers, last}), tokens, strict=True))
-        taps = [tokens[layer] for layer in self.vggt.config.head_layers] if {*self.heads} - {"camera"} else []
-        predictions: dict = {}
+        layers = sorted({*self.vggt.head_layers(self.heads), last})
+        outputs, start = self.vggt.aggregator(images, layers)
+        tokens, predictions = dict(zip(layers, outputs, strict=True)), {}
         if "camera" in self.heads:
             encodings = [encoding.float() for encoding in self.vggt.camera_head(tokens[last])]
             predictions |= {"pose_enc_list": encodings, "pose_enc": encodings[-1]}
         for head, name in (("depth", "depth"), ("point", "world_points")):
             if head in self.heads:
+                taps = [tokens[layer] for layer in self.vggt.config.head_layers]
                 values = getattr(self.vggt, f"{head}_head")(taps, start, tuple(images.shape[-2:]))
                 predictions |= dict(zip((name, f"{name}_conf"), values, strict=True))
         if self.category_head is not None:
@@ -125,16 +124,22 @@ class _Run:
         vggt_config = parse(VGGTConfig, config.vggt, "vggt")
         self.scenes = {
             "train": PackedScenes(config.data, "train", vggt_config.patch_size, config.data.num_scenes),
-            "val": PackedScenes(config.data, "val", vggt_config.patch_size),
+            "val": PackedScenes(config.data, "val", vggt_config.patch_size).first(config.training.num_eval_sets),
         }
-        self.scenes["val"].scenes = self.scenes["val"].scenes[: config.training.num_eval_sets]
+        names = self.scenes["train"].names_sha256
         checkpoints.clear_partial(self.folder)
         found = checkpoints.newest_checkpoint(self.folder)
         if found:
             _check_settings(config, load_pretrain_config(self.run_dir / "run.yaml"))
+            if json.loads((self.run_dir / "run.json").read_text())["scenes_sha256"] != names:
+                raise ValueError(
+                    f"{self.run_dir} was begun with other training scenes than the {len(self.scenes['train'])} there "
+                    "are now; set data.num_scenes to as many as it had, choose another run_name or delete it"
+                )
             print(f"{self.run_dir}: going on from {found[0].name}")
         write_whole(self.run_dir / "run.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
-        record = surroundings() | {"num_scenes": {split: len(scenes) for split, scenes in self.scenes.items()}}
+        record = surroundings() | {"scenes_sha256": names}
+        record["num_scenes"] = {split: len(scenes) for split, scenes in self.scenes.items()}
         write_whole(self.run_dir / "run.json", json.dumps(record, indent=1) + "\n")
 
         torch.manual_seed(config.seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -116,6 +117,27 @@ class PackedScenes:
     def __len__(self) -> int:
         return len(self.scenes)
 
+    def first(self, count: int) -> PackedScenes:
+        """The first `count` scenes alone, or all where there are fewer."""
+        others = copy(self)
+        others.scenes = self.scenes[:count]
+        return others
+
+    @property
+    def names_sha256(self) -> str:
+        """Of the scenes' names in order: what a draw of random scenes depends on."""
+        return sha256("\n".join(scene.name for scene in self.scenes).encode()).hexdigest()
+
+    def draw(self, index: int, num_views: int, rng: np.random.Generator) -> tuple[PackedScene, np.ndarray]:
+        """A scene and the numbers of `num_views` of its views in random order. ValueError where it has fewer."""
+        packed = self[index]
+        if len(packed.rgb) < num_views:
+            raise ValueError(
+                f"scene {self.scenes[index].name} has {len(packed.rgb)} posed views, a set of {num_views} is wanted; "
+                "lower data.max_views and training.num_eval_views, or leave the scene out"
+            )
+        return packed, rng.permutation(len(packed.rgb))[:num_views]
+
     def pack(self) -> None:
         """Packs the scenes that are not packed yet. Raises ValueError that names a scene which cannot be."""
         missing = [scene for scene in self.scenes if not self._file(scene).is_file()]
@@ -152,12 +174,9 @@ def draw_step(
     size = int(rng.integers(settings.min_views, settings.max_views + 1))
     sets = []
     while len(sets) < max(1, num_views // size):
-        packed = scenes[int(rng.integers(len(scenes)))]
-        if sets and packed.rgb.shape[1:] != sets[0][0].rgb.shape[1:]:
-            continue  # an upright scan does not fit beside one that lies
-        if len(packed.rgb) < size:
-            raise ValueError(f"a scene has {len(packed.rgb)} posed views; data.max_views asks for {size}")
-        sets.append((packed, rng.permutation(len(packed.rgb))[:size]))
+        drawn = scenes.draw(int(rng.integers(len(scenes))), size, rng)
+        if not sets or drawn[0].rgb.shape[1:] == sets[0][0].rgb.shape[1:]:
+            sets.append(drawn)  # an upright scan does not fit beside one that lies
     batch = collate_sets(sets)
     batch["images"] = jitter_colors(batch["images"], settings.color_jitter, rng)
     return batch
@@ -188,12 +207,11 @@ def held_out_sets(
     for start in range(0, num_sets, batch_size):
         sets: list[tuple[PackedScene, np.ndarray]] = []
         for number in range(start, min(start + batch_size, num_sets)):
-            packed = scenes[number % len(scenes)]
-            chosen = np.random.default_rng((seed, 1, number)).permutation(len(packed.rgb))[:num_views]
-            if sets and packed.rgb.shape[1:] != sets[0][0].rgb.shape[1:]:
+            drawn = scenes.draw(number % len(scenes), num_views, np.random.default_rng((seed, 1, number)))
+            if sets and drawn[0].rgb.shape[1:] != sets[0][0].rgb.shape[1:]:
                 yield collate_sets(sets)
                 sets = []
-            sets.append((packed, chosen))
+            sets.append(drawn)
         yield collate_sets(sets)
 
 
