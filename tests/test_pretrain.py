@@ -334,7 +334,7 @@ def test_stage_file_states_every_field_and_builds_a_small_enough_vggt():
     assert values["vggt"].keys() == VGGTConfig.__dataclass_fields__.keys()
     with torch.device("meta"):
         model = VGGT(parse(VGGTConfig, config.vggt))
-    assert 2 * sum(p.numel() for p in model.parameters()) < 20e6  # bytes in bfloat16
+    assert 2 * sum(p.numel() for p in model.parameters()) < 18e6  # bytes in bfloat16
 
 
 # What each setting that a run learns from is changed to; two steps of training then end in other weights.
