@@ -29,7 +29,14 @@ from roomplan_lib.scenes.arkitscenes import read_scene
 from roomplan_lib.training.checkpoint import list_checkpoints, load_tensors
 from roomplan_lib.training.metrics import read_metrics
 from roomplan_lib.training.pretrain import GeometryLearner, evaluate, pretrain
-from roomplan_lib.training.view_sets import PackedScenes, collate_sets, draw_step, held_out_sets, jitter_colors
+from roomplan_lib.training.view_sets import (
+    PackedScenes,
+    collate_sets,
+    draw_step,
+    held_out_sets,
+    jitter_colors,
+    pack_scene,
+)
 
 PARAMS = Path(__file__).parents[1] / "papermill_runs" / "params"
 MICRO = {
@@ -107,6 +114,16 @@ def test_categories_agree_with_the_renderers_instances(scenes):
             total += counts.sum()
             furniture += counts[:, 1:].sum()
     assert right / total > 0.97 and furniture / total > 0.1
+
+
+def test_pixels_without_depth_have_no_category(scenes, tmp_path):
+    scene = read_scene(scenes.scenes[0])
+    depth = np.asarray(Image.open(scene.views[0].depth_path)).copy()
+    depth[:96, :128] = 0  # the upper left quarter
+    Image.fromarray(depth).save(tmp_path / "depth.png")
+    views = [dataclasses.replace(scene.views[0], depth_path=tmp_path / "depth.png"), *scene.views[1:]]
+    counts = pack_scene(dataclasses.replace(scene, views=views), 112, 14).categories[0].sum(1).reshape(6, 8)
+    assert (counts[:3, :4] == 0).all() and counts.sum() == 36 * 196
 
 
 def test_a_scene_written_anew_is_packed_anew_and_a_damaged_file_is_named(rooms_root, micro, tmp_path):

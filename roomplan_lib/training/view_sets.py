@@ -34,7 +34,8 @@ class PackedScene:
     """All posed RGB-D views of a scene at training size.
 
     rgb uint8 [V, H, W, 3], depth uint16 [V, H, W] millimetres (0 = missing), K [V, 3, 3] pixels, camera_to_world
-    [V, 4, 4] metres, categories uint8 [V, P, C]: pixels of each patch by category.
+    [V, 4, 4] metres, categories uint8 [V, P, C]: pixels of each patch by category, without those that
+    have no depth.
     """
 
     rgb: np.ndarray
@@ -82,10 +83,10 @@ def pack_scene(scene: Scene, image_size: int, patch_size: int) -> PackedScene:
 def _categories(boxes: list[OrientedBox], depth: np.ndarray, K: np.ndarray, camera_to_world: np.ndarray) -> np.ndarray:
     """[H, W] int: 1 + the index of the category in whose box a pixel's point lies, the smallest box first.
 
-    0 for points in no box, for the floor under a box's legs, and where there is no depth.
+    0 for points in no box and for the floor under a box's legs, -1 where there is no depth.
     """
     points, valid = unproject(depth, K, camera_to_world)
-    labels = np.zeros(depth.shape, dtype=np.int64)
+    labels = np.full(depth.shape, -1)
     points, found = points[valid], np.zeros(valid.sum(), dtype=np.int64)
     for box in sorted(boxes, key=lambda box: -box.volume):
         bottom = box_corners(box)[:, 2].min()
