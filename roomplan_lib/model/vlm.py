@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -34,13 +35,22 @@ from roomplan_lib.config import (
     to_dict,
 )
 from roomplan_lib.model.features import FeatureCache, encode, heads_of
+from roomplan_lib.model.generation import Prompt, prefill, rows_of
 from roomplan_lib.model.geometry_tokens import GeometryEncoder, record_poses
 from roomplan_lib.model.positions import VGGT_HEADS, build_positions, encode_positions, vggt_patch_coordinates
 from roomplan_lib.model.pretrained import check_reference, find_source, load_encoder, load_language_model, reference_to
 from roomplan_lib.model.resampler import build_resampler
+from roomplan_lib.model.shared_prefix import (
+    ATTENTION,
+    BLOCK,
+    IGNORE_INDEX,
+    PrefixLayout,
+    prefix_length,
+    why_not_shared,
+)
 from roomplan_lib.model.vggt import VGGT, VGGTConfig
 
-IGNORE_INDEX = -100
+LOGITS_AT_ONCE = 2**28  # 1.1 GB in float32: 1,766 tokens of Qwen3's vocabulary
 _LISTED = 20  # keys per kind in an error message
 
 
@@ -352,10 +362,17 @@ class RoomPlanVLM(PreTrainedModel, GenerationMixin):
 
         For generation by other means than `generate`; arguments as there.
         """
-        tokens = None
-        if views.get("geometry_records") is not None:
-            tokens = self.encode_views(**views)[scene_index]  # each set encoded once, shared by its samples
-        return self.embed(input_ids, tokens)
+        tokens = self._visual_tokens(views)
+        return self.embed(input_ids, None if tokens is None else tokens[scene_index])
+
+    def _visual_tokens(self, views: dict) -> Tensor | None:
+        """[S, L + G, D] of each set of views, encoded once however many samples it has; None without views."""
+        return self.encode_views(**views) if views.get("geometry_records") is not None else None
+
+    @property
+    def why_not_shared(self) -> str:
+        """Why the questions of a scene cannot share a prefix in the language model; "" where they can."""
+        return why_not_shared(self.language_model)
 
     def forward(
         self,
@@ -364,6 +381,7 @@ class RoomPlanVLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         scene_index: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        shared_prefix: dict | None = None,
         **views,
     ) -> CausalLMOutput:
         """Loss over the supervised tokens, or logits [B, T, vocabulary] when there are no labels.
@@ -371,21 +389,83 @@ class RoomPlanVLM(PreTrainedModel, GenerationMixin):
         input_ids, attention_mask, labels: [B, T]; scene_index: [B] int, the set of views that each row sees;
         views: the arguments of `encode_views`. The loss is summed over supervised tokens and divided by
         num_items_in_batch (their number in the whole optimizer step), or by their number here.
+        shared_prefix: what `lay_out` says of these rows; with it (and labels) rows of one set of views pass their
+        common prefix through the language model once, with the same loss and gradients.
         """
-        hidden = self.language_model.get_decoder()(
-            inputs_embeds=self.prompt_embeddings(input_ids, scene_index, views),
-            attention_mask=attention_mask,
-            position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
-            use_cache=False,
-        ).last_hidden_state
-        head = self.language_model.get_output_embeddings()
-        if labels is None:
-            return CausalLMOutput(logits=head(hidden))
-        supervised = labels[:, 1:] != IGNORE_INDEX
-        logits = head(hidden[:, :-1][supervised]).float()  # only where there is something to learn
-        total = F.cross_entropy(logits, labels[:, 1:][supervised], reduction="sum")
-        count = supervised.sum() if num_items_in_batch is None else num_items_in_batch
+        visual_tokens = self._visual_tokens(views)
+        if labels is not None and shared_prefix is not None:
+            hidden = self._hidden_of_questions(input_ids, scene_index, visual_tokens, shared_prefix)
+            predicting, targets = hidden[shared_prefix["predicting"]], shared_prefix["targets"]
+        else:
+            hidden = self.language_model.get_decoder()(
+                inputs_embeds=self.embed(input_ids, None if visual_tokens is None else visual_tokens[scene_index]),
+                attention_mask=attention_mask,
+                position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
+                use_cache=False,
+            ).last_hidden_state
+            if labels is None:
+                return CausalLMOutput(logits=self.get_output_embeddings()(hidden))
+            supervised = labels[:, 1:] != IGNORE_INDEX
+            predicting, targets = hidden[:, :-1][supervised], labels[:, 1:][supervised]
+        total = summed_loss(self.get_output_embeddings(), predicting, targets)  # only where there is something to learn
+        count = len(targets) if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutput(loss=total / count)
+
+    def _hidden_of_questions(
+        self, input_ids: Tensor, scene_index: Tensor, visual_tokens: Tensor, shared_prefix: dict
+    ) -> Tensor:
+        """Last hidden states [M, D] of the tokens behind the prefixes, in the order of `shared_prefix["tokens"]`."""
+        length, tokens = shared_prefix["length"], shared_prefix["tokens"]
+        layout = PrefixLayout(length, input_ids.shape[1] - length, scene_index, tokens, len(visual_tokens))
+        prefixes = self.embed(input_ids[:1, :length].expand(len(visual_tokens), -1), visual_tokens)
+        own = self.get_input_embeddings()(input_ids[:, length:].flatten()[tokens])
+        embeddings, position_ids = torch.cat([prefixes.flatten(0, 1), own]), layout.position_ids()
+        if embeddings.device.type == "cuda":
+            fill = -layout.num_tokens % BLOCK
+            embeddings, position_ids = F.pad(embeddings, (0, 0, 0, fill)), F.pad(position_ids, (0, fill))
+            layout = layout.with_block_mask(len(embeddings))
+        if self.language_model.config._attn_implementation != ATTENTION:
+            self.language_model.set_attn_implementation(ATTENTION)
+        hidden = self.language_model.get_decoder()(
+            inputs_embeds=embeddings[None],
+            position_ids=position_ids[None],
+            attention_mask=layout.block_mask,
+            prefix_layout=layout,
+            use_cache=False,
+        ).last_hidden_state[0]
+        return hidden[len(visual_tokens) * length : layout.num_tokens]
+
+    @torch.no_grad()
+    def read_prompt(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        scene_index: Tensor | None = None,
+        *,
+        views: dict,
+        share_prefix: bool = True,
+    ) -> Prompt:
+        """Prompts padded on the left, as `generate_texts` takes them.
+
+        With share_prefix what all rows begin with, up to the last visual token, passes through the language model once
+        for each set of views, where that is fewer times than there are rows.
+        """
+        visual_tokens, length = self._visual_tokens(views), 0
+        if visual_tokens is None:
+            return Prompt(self.embed(input_ids, None), attention_mask)
+        if share_prefix and len(visual_tokens) < len(input_ids) and not self.why_not_shared:
+            rows = [row[seen].tolist() for row, seen in zip(input_ids, attention_mask.bool(), strict=True)]
+            length = prefix_length(rows, self.config.image_token_id)
+        if not length:
+            return Prompt(self.embed(input_ids, visual_tokens[scene_index]), attention_mask)
+        prefix = torch.tensor(rows[0][:length], device=input_ids.device).expand(len(visual_tokens), -1)
+        cache = rows_of(prefill(self.language_model, self.embed(prefix, visual_tokens)), scene_index)
+        own = max(map(len, rows)) - length
+        mask = attention_mask[:, -own:].clone()
+        for row, ids in zip(mask, rows, strict=True):
+            row[: own + length - len(ids)] = 0  # its part of the prefix
+        embeddings = self.get_input_embeddings()(input_ids[:, -own:])
+        return Prompt(embeddings, torch.cat([mask.new_ones(len(mask), length), mask], 1), cache)
 
     @torch.no_grad()
     def generate(
@@ -393,8 +473,9 @@ class RoomPlanVLM(PreTrainedModel, GenerationMixin):
     ) -> Tensor:
         """New token ids [B, <= max_new_tokens] after prompts padded on the left.
 
-        The prompt passes through the same `embed` as in training; the rest is `generate` of the language model, which
-        takes kwargs (`max_new_tokens`, `cache_implementation="static"`, `logits_processor`, ...).
+        The plain path beside `generate_texts`: nothing is shared. The prompt passes through the same `embed` as in
+        training; the rest is `generate` of the language model, which takes kwargs (`max_new_tokens`,
+        `cache_implementation="static"`, `logits_processor`, ...).
         """
         prompt = self.prompt_embeddings(input_ids, scene_index, views)
         return self.language_model.generate(inputs_embeds=prompt, attention_mask=attention_mask, **kwargs)
@@ -505,6 +586,24 @@ class RoomPlanVLM(PreTrainedModel, GenerationMixin):
         model = cls(config, **parts)
         model.load_trained(folder)
         return model.eval()
+
+
+def summed_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of head(hidden) [N, vocabulary] and targets [N], summed, in float32.
+
+    Of more logits than LOGITS_AT_ONCE, parts are made one after another and again for their gradients, so that no more
+    are in memory.
+    """
+    vocabulary = head.out_features
+
+    def part(hidden: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
+
+    rows = max(1, LOGITS_AT_ONCE // vocabulary)
+    if len(hidden) <= rows:
+        return part(hidden, targets)
+    parts = zip(hidden.split(rows), targets.split(rows), strict=True)
+    return sum(checkpoint(part, some, own, use_reentrant=False) for some, own in parts)
 
 
 def freeze(part: nn.Module, dtype: str) -> None:

@@ -19,12 +19,13 @@ from roomplan_lib.geometry import resize_intrinsics, rotation_z, unproject
 from roomplan_lib.model.features import FeatureCache, Store
 from roomplan_lib.model.geometry_tokens import NUM_DEPTH_BINS, RECORD_WIDTH, normalise_records
 from roomplan_lib.model.positions import patch_lattice
+from roomplan_lib.model.shared_prefix import IGNORE_INDEX, lay_out, prefix_length
 from roomplan_lib.samples import check_record, depth_histogram, read_samples, sample_root
 from roomplan_lib.samples.targets import UNCHANGED, Augmentation, response_text, world_to_model
 from roomplan_lib.scenes import load_depth, load_rgb, path_below
 from roomplan_lib.training.prompt import prompt_text
+from roomplan_lib.training.tokenizer import IMAGE_TOKEN
 
-IGNORE_INDEX = -100
 NEEDS_DEPTH = (
     "3D positions and scale jitter need geom_token and depths, which this sample lacks; set model.positions.method to "
     "base and data.augmentation.scale_jitter to 0, or prepare the samples with depth"
@@ -317,12 +318,20 @@ class Collator(ViewLoader):
     """Turns samples into a batch. Views shared by several samples are loaded, and later encoded, once."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, data: DataConfig, *, num_visual_tokens: int, **views: Any
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        data: DataConfig,
+        *,
+        num_visual_tokens: int,
+        share_prefix: bool = True,
+        **views: Any,
     ) -> None:
-        """views: the other arguments of `ViewLoader`."""
+        """share_prefix: tell the model how rows with the same views share what stands before their questions
+        (`RoomPlanVLM.why_not_shared`); views: the other arguments of `ViewLoader`."""
         super().__init__(data, **views)
         self.tokenizer = tokenizer
-        self.num_visual_tokens = num_visual_tokens
+        self.num_visual_tokens, self.share_prefix = num_visual_tokens, share_prefix
+        self.placeholder = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
 
     def __call__(
         self, samples: list[Sample], *, generate: bool = False, blind: bool = False, views: list[Sample] | None = None
@@ -353,8 +362,9 @@ class Collator(ViewLoader):
         batch = self._pad(samples, prompts, responses, generate)
         if not blind:
             sets = [self.view_set(first[key], key[1]) for key in keys]
+            number = {key: i for i, key in enumerate(keys)}
             batch |= {
-                "scene_index": torch.tensor([keys.index(key) for key in shown_as]),
+                "scene_index": torch.tensor([number[key] for key in shown_as]),
                 "pixel_values": [s.pixel_values for s in sets],
                 "geometry_records": [s.geometry_records for s in sets],
                 "has_geometry": torch.tensor([s.has_geometry for s in sets]),
@@ -368,6 +378,9 @@ class Collator(ViewLoader):
                     None if s.features else self.to_store(first[key], s.image_size, s.stored_size)
                     for key, s in zip(keys, sets, strict=True)
                 ]
+            if self.share_prefix and not generate and len(keys) < len(samples):
+                if length := prefix_length(prompts, self.placeholder):
+                    batch["shared_prefix"] = lay_out(batch["attention_mask"], batch["labels"], length)
             if any(any(key[2]) for key in keys):
                 batch["view_mask"] = [~torch.tensor(key[2]) for key in keys]
         return batch

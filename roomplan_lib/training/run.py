@@ -351,6 +351,7 @@ def make_collator(
         tokenizer,
         data,
         num_visual_tokens=model.num_visual_tokens,
+        share_prefix=not model.why_not_shared,
         patch_size=model.encoder.config.patch_size,
         needs_positions=model.needs_positions,
         features=model.open_features(features or data.features, data.image_size),
