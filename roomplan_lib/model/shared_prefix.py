@@ -100,6 +100,11 @@ def lay_out(attention_mask: Tensor, labels: Tensor, length: int) -> dict:
     }
 
 
+def takes_block_mask(device: torch.device) -> bool:
+    """Whether FlexAttention is the way there; on a CPU it has no gradients."""
+    return device.type == "cuda"
+
+
 def attend(
     module: nn.Module,
     query: Tensor,

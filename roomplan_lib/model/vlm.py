@@ -46,6 +46,7 @@ from roomplan_lib.model.shared_prefix import (
     IGNORE_INDEX,
     PrefixLayout,
     prefix_length,
+    takes_block_mask,
     why_not_shared,
 )
 from roomplan_lib.model.vggt import VGGT, VGGTConfig
@@ -420,7 +421,7 @@ class RoomPlanVLM(PreTrainedModel, GenerationMixin):
         prefixes = self.embed(input_ids[:1, :length].expand(len(visual_tokens), -1), visual_tokens)
         own = self.get_input_embeddings()(input_ids[:, length:].flatten()[tokens])
         embeddings, position_ids = torch.cat([prefixes.flatten(0, 1), own]), layout.position_ids()
-        if embeddings.device.type == "cuda":
+        if takes_block_mask(embeddings.device):
             fill = -layout.num_tokens % BLOCK
             embeddings, position_ids = F.pad(embeddings, (0, 0, 0, fill)), F.pad(position_ids, (0, fill))
             layout = layout.with_block_mask(len(embeddings))

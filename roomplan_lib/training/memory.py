@@ -19,6 +19,7 @@ import yaml
 
 from roomplan_lib.config import RunConfig, load_run_config, to_dict
 from roomplan_lib.files import write_whole
+from roomplan_lib.samples.targets import text_length
 from roomplan_lib.system import available_memory, peak_memory
 
 USABLE = 0.9  # of the free memory; the rest is for fragmentation and what a probe does not see
@@ -190,8 +191,7 @@ def largest_samples(samples: list, size: int, group_size: int) -> list:
     """
     longest: dict[tuple, tuple[int, int]] = {}  # by view set: characters, index
     for i, sample in enumerate(samples):
-        words = sum(len(str(sample.record.get(k) or "")) for k in ("situation", "question", "instruction", "answer"))
-        length = words + len(str(sample.record.get("action_json") or ""))
+        length = text_length(sample.record)
         longest[sample.view_key] = max(longest.get(sample.view_key, (0, 0)), (length, i))
     order = sorted(longest, key=lambda key: (len(key), longest[key][0]), reverse=True)
     chosen = [samples[longest[order[i % len(order)]][1]] for i in range(size // group_size)]
