@@ -1,7 +1,8 @@
-"""What training costs: our loop beside the bare computation, cached beside live features, two processes beside one,
-checkpoints beside a full ZeRO-3 state, and other trainers of the same small language model beside ours.
+"""What training and answering cost: scene groups and the cache beside the reference code's loop, our loop beside the
+bare computation, answers behind a shared prefix beside one at a time, two processes beside one, checkpoints beside a
+full ZeRO-3 state, and other trainers beside ours.
 
-Every variant runs in a process of its own, `python -m roomplan_lib.training.benchmark JOB.json`, with a fixed number of
+Every variant runs in a process of its own, `python -m roomplan_lib.training.benchmark`, with a fixed number of
 threads; the rounds take the variants in turn (A B A B), so that a busy moment of the machine meets all of them.
 """
 
@@ -9,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import importlib.util
 import json
 import math
 import os
@@ -17,35 +17,69 @@ import platform
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from roomplan_lib.config import FeaturesConfig, LoraSettings, ResamplerConfig, RunConfig, load_run_config, to_dict
+from roomplan_lib.config import FeaturesConfig, RunConfig, load_run_config, to_dict
 from roomplan_lib.files import write_whole
-from roomplan_lib.system import peak_memory
+from roomplan_lib.training.benchmark.full_size import FULL_STAGE, full_size_row
 
 WINDOW = 10  # steps whose mean time is one measurement; as many are made before the first
-FULL_STAGE = Path("papermill_runs/params/stage2_3d.yaml")
-ADAM_BYTES = 12  # of a trained weight in an exact checkpoint: float32 weight and two moments
-ZERO3_BYTES = 14  # of every weight in a ZeRO-3 state in bf16: the weight, its float32 copy, two moments
-
-
 # By part of the benchmark: the variants, the first of which the others are compared with.
 VARIANTS = {
+    "groups": (
+        "reference loop",
+        "HF Trainer + PEFT, cached",
+        "live, ungrouped",
+        "live, groups of 8",
+        "cached, ungrouped",
+        "cached, groups of 8",
+        "cached, groups of 16",
+        "in memory, groups of 8",
+    ),
+    "inference": ("one at a time", "left-padded batch", "shared prefix"),
+    "constrained": ("a pass for every token", "jump-forward"),
     "loop": ("bare", "bare with collator", "ours"),
-    "peers": ("bare", "ours", "HF Trainer", "TRL"),
+    "peers": ("bare", "ours", "HF Trainer", "TRL", "LLaMA-Factory"),
+    "head": ("HF Trainer", "ours", "TRL"),
     "cache": ("cached", "live"),
     "miniature": ("cached", "live"),
     "distributed": ("single", "DDP", "ZeRO-3"),
     "checkpoint": ("ours", "ZeRO-3 state"),
 }
+MANY_ROOMS = 40  # of the part `groups`, whose steps show up to 32 view sets; a fifth of the rooms is held out
+# Parts whose steps are long enough to be measured one by one: of the variants named, and of all in the other parts, a
+# tenth of the steps.
+STEP_BY_STEP = {
+    "groups": ("reference loop", "live, ungrouped"),
+    "inference": VARIANTS["inference"],
+    "constrained": VARIANTS["constrained"],
+    "head": VARIANTS["head"],
+}
+# Of Qwen3's vocabulary: the sizes of the part `head`, where others are not given.
+HEAD_SIZES = {"vocab_size": 151_936, "width": 256, "num_layers": 4, "length": 200}
 TEXT_SIZES = ("vocab_size", "width", "num_layers", "num_rows", "length", "num_supervised", "rank")  # of the peers
 # Variants of these parts must begin with the same loss, but for this share of it: peers draw their rows in any order.
-SAME_LOSS = {"loop": 1e-4, "distributed": 1e-4, "peers": 0.02}
+SAME_LOSS = {"groups": 1e-4, "loop": 1e-4, "distributed": 1e-4, "peers": 0.02, "head": 0.02}
+UNEQUAL = "they do not do the same work"
+RATIOS = (
+    "step_s", "step_cpu_s", "samples_per_s", "samples_per_cpu_s", "memory_gb", "memory_above_start_gb", "bytes",
+)  # fmt: skip
+SECOND = {"groups": "live, ungrouped"}  # which the others are compared with as well
+# What is to be reached: part, variant, measurement, the variant it is divided by ("" = as it is), and the least or the
+# most that it may be.
+GOALS = (
+    ("groups", "cached, groups of 8", "samples_per_cpu_s", "reference loop", "at least", 15.0),
+    ("groups", "cached, groups of 8", "samples_per_cpu_s", "live, ungrouped", "at least", 10.0),
+    ("groups", "cached, groups of 8", "step_cpu_s", "in memory, groups of 8", "at most", 1.1),
+    ("inference", "shared prefix", "samples_per_cpu_s", "one at a time", "at least", 4.0),
+    ("loop", "ours", "overhead_ms", "", "at most", 2.0),
+    ("head", "ours", "step_cpu_s", "HF Trainer", "at most", 1 / 6),
+    ("head", "ours", "memory_above_start_gb", "HF Trainer", "at most", 0.4),
+)
 
 
 def benchmark_training(
@@ -66,8 +100,11 @@ def benchmark_training(
     parts: of VARIANTS. steps: measured in each process, after WINDOW that are not. threads: of each process.
     folder: where the rooms and runs are made and removed again; the system's temporary folder for None.
     A row: part, variant, and what applies of step_s and step_cpu_s (wall and CPU seconds of a step), samples_per_s,
-    memory_gb (the process's peak), bytes, save_s, load_s; <name>_ratio of those; load_average before each process; and
-    the machine. A variant whose package is missing, or that this machine cannot run, has `skipped`, the reason.
+    samples_per_cpu_s, overhead_ms (CPU, of a step over the first variant's), memory_gb (the process's peak) and
+    memory_above_start_gb, bytes, save_s, load_s; <name>_ratio of those, <name>_second_ratio to the part's SECOND;
+    load_average before each process; and the machine. After them the goals that were measured: part "goal", part_of,
+    variant, what, over, value, relation, limit, met. A variant whose package is missing, or that this machine cannot
+    run, has `skipped`, the reason.
     Raises ValueError for an unknown part, and RuntimeError with the output of a variant that failed.
     """
     if unknown := [part for part in parts if part not in VARIANTS]:
@@ -78,8 +115,9 @@ def benchmark_training(
     machine = describe_machine(threads)
     chosen = [(part, variant) for part in parts for variant in VARIANTS[part]]
     with tempfile.TemporaryDirectory(dir=folder, prefix="benchmark_training_") as scratch:
-        place = Path(scratch)
-        config = _on_own_rooms(config, place, num_rooms)
+        place, measured = Path(scratch), []
+        few = _on_own_rooms(config, place / "few", num_rooms) if {*parts} - {"groups"} else None
+        many = _on_own_rooms(config, place / "many", max(num_rooms, MANY_ROOMS)) if "groups" in parts else None
         total = len(chosen) * rounds
         with tqdm(total=total, desc="benchmark", unit="process", disable=not progress) as bar:
             for part in parts:
@@ -90,16 +128,20 @@ def benchmark_training(
                         job = {
                             "part": part,
                             "variant": variant,
-                            "config": to_dict(config),
-                            "steps": steps,
-                            "text": text or {},
+                            "config": to_dict(many if part == "groups" else few),
+                            "window": 1 if part in STEP_BY_STEP else WINDOW,
+                            "steps": steps // 10 if variant in STEP_BY_STEP.get(part, ()) else steps,
+                            "text": (HEAD_SIZES if part == "head" else {}) | (text or {}),
                             "folder": str(place / f"{part}-{number}"),
                             "features": str(place / f"features-{part}"),
                         }
                         results[variant].append(run_job(job, place, threads))
                         bar.update(1)
-                yield from (row | machine for row in compare(part, results))
-        if "checkpoint" in parts and FULL_STAGE.is_file():
+                rows = compare(part, results)
+                measured += rows
+                yield from (row | machine for row in rows)
+        yield from (row | machine for row in reached(measured))
+        if {"groups", "checkpoint"} & {*parts} and FULL_STAGE.is_file():
             yield full_size_row() | machine
 
 
@@ -167,7 +209,7 @@ def run_job(job: dict, place: Path, threads: int) -> dict:
         "TOKENIZERS_PARALLELISM": "false",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    command = [sys.executable, "-m", "roomplan_lib.training.benchmark", str(file), str(result)]
+    command = [sys.executable, "-m", __name__, str(file), str(result)]
     done = subprocess.run(command, capture_output=True, text=True, env=surroundings, check=False)
     if done.returncode or not result.is_file():
         shown = "\n".join((done.stdout + done.stderr).splitlines()[-30:])
@@ -179,9 +221,9 @@ def compare(part: str, results: dict[str, list[dict]]) -> list[dict]:
     """A row per variant from what its processes measured: medians, and ratios to the first variant.
 
     A measurement is a list of numbers or one number; those of all processes are pooled. RuntimeError where variants
-    begin with other losses than SAME_LOSS allows: they do not do the same work.
+    begin with other losses than SAME_LOSS allows, or write other tokens: they do not do the same work.
     """
-    rows = []
+    rows, answers = [], []
     for variant, measured in results.items():
         row: dict = {"part": part, "variant": variant, "rounds": len(measured)}
         row["load_average"] = [one["load_average"] for one in measured]
@@ -189,6 +231,10 @@ def compare(part: str, results: dict[str, list[dict]]) -> list[dict]:
             values = [one[name] for one in measured if name in one]
             if name in ("skipped", "note"):
                 row[name] = values[0]
+            elif name == "tokens":
+                answers += values
+                if any(tokens != answers[0] for tokens in answers):
+                    raise RuntimeError(f"{part}: {variant} writes other tokens than {next(iter(results))}; {UNEQUAL}")
             elif name != "load_average":
                 row[name] = float(np.median(np.concatenate([np.atleast_1d(value) for value in values])))
         rows.append(row)
@@ -201,42 +247,28 @@ def compare(part: str, results: dict[str, list[dict]]) -> list[dict]:
         ):
             raise RuntimeError(
                 f"{part}: {row['variant']} begins with loss {row['first_loss']}, {first['variant']} with "
-                f"{first['first_loss']}; they do not do the same work"
+                f"{first['first_loss']}; {UNEQUAL}"
             )
+    second = next((row for row in rows if row["variant"] == SECOND.get(part)), {})
     for row in rows:
-        for name in ("step_s", "step_cpu_s", "samples_per_s", "memory_gb", "bytes"):
-            if first.get(name) and name in row:
-                row[f"{name}_ratio"] = row[name] / first[name]
+        for name in RATIOS:
+            for base, ratio in ((first, "ratio"), (second, "second_ratio")):
+                if base.get(name) and name in row:
+                    row[f"{name}_{ratio}"] = row[name] / base[name]
+        if part == "loop" and "step_cpu_s" in row:
+            row["overhead_ms"] = 1e3 * (row["step_cpu_s"] - first["step_cpu_s"])
     return rows
 
 
-def full_size_row() -> dict:
-    """Arithmetic for FULL_STAGE, nothing measured: its cache's gain, bytes of its checkpoint and of a ZeRO-3 state.
-
-    The state is that of the language model, resampler and geometry tokens trained whole in bf16, with the frozen
-    encoder beside it in float32.
-    """
-    from roomplan_lib.model.describe import cache_card
-    from roomplan_lib.training.plan import planned_model
-
-    config = load_run_config(FULL_STAGE)
-    model = planned_model(config.model, config.data)
-    card = cache_card(model, 8, config.data.image_size, config.data.features.dtype, config.training.group_size)
-    num_weights = sum(p.numel() for p in model.parameters())
-    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    num_encoder = sum(p.numel() for p in model.encoder.parameters())
-    ours = ADAM_BYTES * num_trained
-    zero3 = ZERO3_BYTES * (num_weights - num_encoder) + 4 * num_encoder
-    return {
-        "part": "full size",
-        "variant": FULL_STAGE.stem,
-        "note": "arithmetic, not measured",
-        "live_tflop": card["live_flops"] / 1e12,
-        "cached_tflop": card["cached_flops"] / 1e12,
-        "live_ratio": card["live_flops"] / card["cached_flops"],
-        "bytes": ours,
-        "zero3_bytes": zero3,
-        "bytes_ratio": zero3 / ours,
-    }
-
-
+def reached(rows: Sequence[dict]) -> list[dict]:
+    """A row for each of GOALS whose variants are among the rows."""
+    found = {(row["part"], row["variant"]): row for row in rows}
+    goals = []
+    for part, variant, what, over, relation, limit in GOALS:
+        values = [found.get((part, name), {}).get(what) for name in (variant, over) if name]
+        if None not in values:
+            value = values[0] / values[1] if over else values[0]
+            met = value >= limit if relation == "at least" else value <= limit
+            goal = {"part": "goal", "part_of": part, "variant": variant, "what": what, "over": over}
+            goals.append(goal | {"value": value, "relation": relation, "limit": limit, "met": bool(met)})
+    return goals

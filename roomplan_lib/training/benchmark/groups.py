@@ -11,6 +11,7 @@ placeholder, the pictures are of any shape, and its model is ours, whose attenti
 from __future__ import annotations
 
 import dataclasses
+
 import numpy as np
 import torch
 from PIL import Image
@@ -128,7 +129,9 @@ def train_ours(trainer: RoomPlanTrainer, clock: Clock, in_memory: bool) -> None:
         trainer.collator = known_views(trainer)
     clock.first_loss = probe_loss(trainer, lambda batch: trainer.model(**batch).loss)
     config.run_dir.mkdir(parents=True)
-    metrics = Metrics(config.run_dir, 0, config.training.max_steps, lambda entry: clock.mark(entry["step"], entry["loss"]))
+    metrics = Metrics(
+        config.run_dir, 0, config.training.max_steps, lambda entry: clock.mark(entry["step"], entry["loss"])
+    )
     trainer.on_entry = metrics
     trainer.train()
     metrics.close()

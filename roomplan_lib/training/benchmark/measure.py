@@ -114,7 +114,17 @@ def measure(job: dict) -> dict:
 
 def measure_loop(config: RunConfig, job: dict) -> dict:
     """Ours: the run as `roomplan train` makes it, with its log, its metrics file and its watch over the loss. Bare:
-    forward, backward, clipping and AdamW on the same batches, which are there before or are made in the loop."""
+    forward, backward, clipping and AdamW on the same batches, which are there before or are made in the loop.
+
+    A step is one group, so that what the loop adds is not lost in what it is for; the samples are the anchors alone,
+    which are all tokenised before the clock starts, as they are after the first pass of a run.
+    """
+    training = config.training
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, train_files=config.data.train_files[:1]),
+        training=dataclasses.replace(training, micro_batch_size=training.group_size, gradient_accumulation_steps=1),
+    )
     if job["variant"] == "ours":
         return _train(config)
     trainer = make_trainer(config)

@@ -14,6 +14,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, TrainerCallback
 
 from roomplan_lib.config import LoraSettings, RunConfig, to_dict
 from roomplan_lib.model.vlm import RoomPlanConfig, RoomPlanVLM
+from roomplan_lib.system import held_memory, peak_memory
 from roomplan_lib.training.benchmark.measure import Clock
 from roomplan_lib.training.collator import IGNORE_INDEX, Sample
 from roomplan_lib.training.metrics import Metrics
@@ -59,9 +60,9 @@ def measure_peer(config: RunConfig, job: dict) -> dict:
     # The first eight tokens are left to special ones.
     rows = rng.integers(8, sizes.vocab_size, (config.training.max_steps * sizes.num_rows, sizes.length)).tolist()
     trainers = {"bare": train_bare, "ours": train_ours, "HF Trainer": train_hf, "TRL": train_trl}
-    clock = Clock(config.training.log_every_steps)
+    clock, start = Clock(config.training.log_every_steps), held_memory()
     trainers[job["variant"]](config, sizes, rows, clock)
-    return clock.result(sizes.num_rows)
+    return clock.result(sizes.num_rows) | {"memory_above_start_gb": (peak_memory() - start) / 1e9}
 
 
 def train_bare(config: RunConfig, sizes: TextSizes, rows: list[list[int]], clock: Clock) -> None:
