@@ -618,6 +618,7 @@ def benchmark_training(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="JSON Lines file; the lines are printed as well.")] = None,
     figure: Annotated[Path | None, typer.Option(help="PNG, e.g. figures/benchmark_training.png.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, or cuda for peers and head.")] = "cpu",
     folder: Annotated[Path | None, typer.Option(help="Where rooms and runs are made and removed again.")] = None,
 ) -> None:
     """Compare our training and answering with the reference code's loop, other trainers and the bare computation."""
@@ -628,7 +629,7 @@ def benchmark_training(
     rows, text = [], bench.parse_sizes(size or ())
     for row in bench.benchmark_training(
         params, parts=part or tuple(bench.VARIANTS), steps=steps, rounds=rounds, threads=threads, num_rooms=num_rooms,
-        text=text, folder=folder,
+        text=text, device=device, folder=folder,
     ):  # fmt: skip
         print(json.dumps(row), flush=True)
         rows.append(row)

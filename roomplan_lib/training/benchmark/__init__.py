@@ -61,6 +61,7 @@ STEP_BY_STEP = {
 }
 # Of Qwen3's vocabulary: the sizes of the part `head`, where others are not given.
 HEAD_SIZES = {"vocab_size": 151_936, "width": 256, "num_layers": 4, "length": 200}
+ON_GPU = ("peers", "head")
 TEXT_SIZES = ("vocab_size", "width", "num_layers", "num_rows", "length", "num_supervised", "rank")  # of the peers
 # Variants of these parts must begin with the same loss, but for this share of it: peers draw their rows in any order.
 SAME_LOSS = {"groups": 1e-4, "loop": 1e-4, "distributed": 1e-4, "peers": 0.02, "head": 0.02}
@@ -91,6 +92,7 @@ def benchmark_training(
     threads: int = 1,
     num_rooms: int = 10,
     text: dict[str, int] | None = None,
+    device: str = "cpu",
     folder: Path | None = None,
     progress: bool = True,
 ) -> Iterator[dict]:
@@ -98,6 +100,8 @@ def benchmark_training(
 
     stage: the settings that are trained with, on `num_rooms` procedural rooms that are made for it, whatever its files.
     parts: of VARIANTS. steps: measured in each process, after WINDOW that are not. threads: of each process.
+    text: sizes of the parts `peers` and `head`, see `peers.TextSizes`. device: cuda for those two parts on a GPU, where
+    the wall times count.
     folder: where the rooms and runs are made and removed again; the system's temporary folder for None.
     A row: part, variant, and what applies of step_s and step_cpu_s (wall and CPU seconds of a step), samples_per_s,
     samples_per_cpu_s, overhead_ms (CPU, of a step over the first variant's), memory_gb (the process's peak) and
@@ -111,12 +115,16 @@ def benchmark_training(
         raise ValueError(f"part: expected {', '.join(VARIANTS)}, got {', '.join(unknown)}")
     if steps < WINDOW or steps % WINDOW:
         raise ValueError(f"steps: expected a multiple of {WINDOW}, got {steps}")
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected cpu or cuda, got {device!r}")
+    if device == "cuda" and (others := [part for part in parts if part not in ON_GPU]):
+        raise ValueError(f"device: {', '.join(others)} run on the CPU; on a GPU there are {', '.join(ON_GPU)}")
     config = load_run_config(stage)
-    machine = describe_machine(threads)
+    machine = describe_machine(threads, device)
     chosen = [(part, variant) for part in parts for variant in VARIANTS[part]]
     with tempfile.TemporaryDirectory(dir=folder, prefix="benchmark_training_") as scratch:
         place, measured = Path(scratch), []
-        few = _on_own_rooms(config, place / "few", num_rooms) if {*parts} - {"groups"} else None
+        few = _on_own_rooms(config, place / "few", num_rooms, device) if {*parts} - {"groups"} else None
         many = _on_own_rooms(config, place / "many", max(num_rooms, MANY_ROOMS)) if "groups" in parts else None
         total = len(chosen) * rounds
         with tqdm(total=total, desc="benchmark", unit="process", disable=not progress) as bar:
@@ -156,12 +164,12 @@ def parse_sizes(words: Sequence[str]) -> dict[str, int]:
     return sizes
 
 
-def describe_machine(threads: int) -> dict:
+def describe_machine(threads: int, device: str = "cpu") -> dict:
     """What the times depend on beside the code."""
     return {
         "threads": threads,
         "cores": len(os.sched_getaffinity(0)),
-        "device": "cpu",
+        "device": device,
         "processor": _processor(),
         "torch": importlib.metadata.version("torch"),
         "transformers": importlib.metadata.version("transformers"),
@@ -174,8 +182,8 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def _on_own_rooms(config: RunConfig, place: Path, num_rooms: int) -> RunConfig:
-    """The settings with training files of rooms that are rendered below `place`, one process, on the CPU."""
+def _on_own_rooms(config: RunConfig, place: Path, num_rooms: int, device: str = "cpu") -> RunConfig:
+    """The settings with training files of rooms that are rendered below `place`, one process."""
     from roomplan_lib.samples.prepare import prepare_arkitscenes
     from roomplan_lib.scenes.rooms import write_rooms
 
@@ -191,7 +199,7 @@ def _on_own_rooms(config: RunConfig, place: Path, num_rooms: int) -> RunConfig:
             num_workers=0,
             features=FeaturesConfig(),
         ),
-        training=dataclasses.replace(config.training, start_from="", device="cpu", bf16=False),
+        training=dataclasses.replace(config.training, start_from="", device=device, bf16=False),
         distributed=dataclasses.replace(config.distributed, strategy="ddp", num_processes=1, offload="none"),
     )
 
@@ -207,7 +215,7 @@ def run_job(job: dict, place: Path, threads: int) -> dict:
         "MKL_NUM_THREADS": str(threads),
         "PYTHONWARNINGS": "ignore",
         "TOKENIZERS_PARALLELISM": "false",
-        "CUDA_VISIBLE_DEVICES": "",
+        **({"CUDA_VISIBLE_DEVICES": ""} if job["config"]["training"]["device"] == "cpu" else {}),
     }
     command = [sys.executable, "-m", __name__, str(file), str(result)]
     done = subprocess.run(command, capture_output=True, text=True, env=surroundings, check=False)

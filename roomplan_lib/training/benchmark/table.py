@@ -37,6 +37,7 @@ def benchmark_table(rows: Sequence[dict]) -> str:
                 )
             lines.append([row["variant"] + (f": {row['skipped']}" if "skipped" in row else ""), *cells])
         texts.append(_table(lines))
+        texts[-1] += "".join(f"\n\n{row['variant']}: {row['note']}." for row in members if "note" in row)
         if part in SECOND:
             texts[-1] += f"\n\nSecond ratio: over {SECOND[part]}."
     if goals := [row for row in rows if row["part"] == "goal"]:
