@@ -163,8 +163,9 @@ def known_views(trainer: RoomPlanTrainer) -> KnownViews:
 
 def same_collator(kind: type[Collator], other: Collator, **data) -> Collator:
     """A collator of another kind that shows the same, without 3D positions; data: settings that differ."""
+    settings = dataclasses.replace(other.data, **data)
     return kind(
-        other.tokenizer, dataclasses.replace(other.data, **data), num_visual_tokens=other.num_visual_tokens, share_prefix=other.share_prefix,
+        other.tokenizer, settings, num_visual_tokens=other.num_visual_tokens, share_prefix=other.share_prefix,
         patch_size=other.patch_size, needs_positions=None, features=other.features,
     )  # fmt: skip
 
