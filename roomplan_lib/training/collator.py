@@ -348,17 +348,14 @@ class Collator(ViewLoader):
         ]
         first = dict(zip(reversed(shown_as), reversed(shown), strict=True))
         keys = list(dict.fromkeys(shown_as))
-        prompts, responses = [], []
-        for sample, change in zip(samples, changes, strict=True):
-            num_tokens = 0 if blind else self.num_visual_tokens
-            text = prompt_text(
-                sample.record, self.tokenizer, num_tokens, self.data.visual_first, change, self.data.codec
-            )
-            prompts.append(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-            if not generate:
-                response = response_text(sample.record, change, self.data.codec)
-                ids = self.tokenizer(response, add_special_tokens=False)["input_ids"]
-                responses.append([*ids, self.tokenizer.eos_token_id])
+        prompts = self._prompts(samples, changes, 0 if blind else self.num_visual_tokens)
+        responses = []
+        if not generate:
+            texts = [
+                response_text(s.record, change, self.data.codec) for s, change in zip(samples, changes, strict=True)
+            ]
+            end = self.tokenizer.eos_token_id
+            responses = [[*ids, end] for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
         batch = self._pad(samples, prompts, responses, generate)
         if not blind:
             sets = [self.view_set(first[key], key[1]) for key in keys]
@@ -384,6 +381,26 @@ class Collator(ViewLoader):
             if any(any(key[2]) for key in keys):
                 batch["view_mask"] = [~torch.tensor(key[2]) for key in keys]
         return batch
+
+    def _prompts(self, samples: list[Sample], changes: list[Augmentation], num_visual_tokens: int) -> list[list[int]]:
+        """The tokens of each prompt; one placeholder is tokenised in place of all, which are the same."""
+        texts = [
+            prompt_text(
+                sample.record,
+                self.tokenizer,
+                min(num_visual_tokens, 1),
+                self.data.visual_first,
+                change,
+                self.data.codec,
+            )
+            for sample, change in zip(samples, changes, strict=True)
+        ]
+        prompts = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        if num_visual_tokens > 1:
+            for ids in prompts:
+                place = ids.index(self.placeholder)
+                ids[place:place] = [self.placeholder] * (num_visual_tokens - 1)
+        return prompts
 
     def _pad(self, samples: list[Sample], prompts: list, responses: list, left: bool) -> dict:
         rows = [p + r for p, r in zip(prompts, responses or [[]] * len(prompts), strict=True)]
