@@ -34,7 +34,10 @@ from roomplan_lib.model.positions import VGGT_HEADS
 from roomplan_lib.model.vggt import VGGT
 
 VERSION = 1  # of the files and of the computation behind them; raised when either changes
-RESAMPLING = "Pillow bicubic to the nearest multiples of the patch size"
+RESAMPLING = (
+    "JPEG decoded at 1/8, 1/4 or 1/2 where that divides it and holds the size, then PyTorch's bicubic, else Pillow's, "
+    "to the nearest multiples of the patch size"
+)
 LEFT_OVER_S = 3600  # a temporary file that is older was left by a process that was killed
 
 

@@ -163,10 +163,8 @@ def check_size(filler: Filler, samples: list[Sample], faults: dict[tuple, str]) 
 def _set_bytes(filler: Filler, sample: Sample) -> int:
     """Bytes that one set of views takes in the cache, file headers included."""
     config, num_views = filler.config, len(sample.record["images"])
-    size = picture_size(sample.paths()[0])
-    size = resized_size(
-        *(size[::-1] if sample.turns()[0] % 2 else size), config.data.image_size, filler.loader.patch_size
-    )
+    size = picture_size(sample.paths()[0], sample.turns()[0])
+    size = resized_size(*size, config.data.image_size, filler.loader.patch_size)
     model, dtype = config.model, config.data.features.dtype
     features = entry_bytes(filler.encoder, len(model.tap_layers), num_views, size, dtype, heads_of(model))
     patches = size[0] * size[1] // filler.loader.patch_size**2
@@ -182,7 +180,7 @@ def _batches(loader: ViewLoader, samples: Iterable[Sample], batch_size: int) -> 
     """Samples of equal numbers of views and equal picture sizes, up to `batch_size` of them."""
     open_batches: dict[tuple, list[Sample]] = {}
     for sample in samples:
-        key = (len(sample.record["images"]), sample.turns()[0] % 2, picture_size(sample.paths()[0]))
+        key = (len(sample.record["images"]), picture_size(sample.paths()[0], sample.turns()[0]))
         batch = open_batches.setdefault(key, [])
         batch.append(sample)
         if len(batch) == batch_size:
