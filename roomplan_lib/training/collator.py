@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from roomplan_lib.config import DataConfig, PositionsConfig
 from roomplan_lib.geometry import resize_intrinsics, rotation_z, unproject
-from roomplan_lib.model.features import FeatureCache, Store
+from roomplan_lib.model.features import FeatureCache, Residence, Store
 from roomplan_lib.model.geometry_tokens import NUM_DEPTH_BINS, RECORD_WIDTH, normalise_records
 from roomplan_lib.model.positions import patch_lattice
 from roomplan_lib.samples import check_record, depth_histogram, read_samples, sample_root
@@ -183,13 +183,16 @@ class ViewLoader:
         """The sample's views, decoded or read from the feature cache once and kept (least recently used go first); an
         augmentation changes no pixel, so it changes geometry and nothing else.
 
-        A file of the feature cache that changes later is read, and verified, again: its tensors change with it.
+        A file of the feature cache that changes later is read, and verified, again: its tensors change with it; but
+        features that are resident are not read again.
         """
         key = sample.view_key
         views, files = self._cache.pop(key, (None, []))
         if views is None or not all(store.is_as_read(path) for store, path in files):
             views = self._load(sample)
             files = self._cache_files(sample)
+        elif held := self._held(sample):
+            views = replace(views, features=held)
         # Views that the cache lacks are not kept: by the next time it has their features.
         if self.data.cache_scenes and (self.features is None or views.features is not None):
             self._cache[key] = views, files
@@ -198,14 +201,27 @@ class ViewLoader:
         return views if augmentation == UNCHANGED else self._with_geometry(sample, views, augmentation)
 
     def _load(self, sample: Sample) -> ViewSet:
-        entry = self.features and self.features.features.read(self.feature_parts(sample), _name(sample))
-        if entry:
+        if held := self._held(sample):
+            views = _blank(sample, None, held["sizes"][:2], held["sizes"][2:], held)
+        elif entry := self.features and self.features.features.read(self.feature_parts(sample), _name(sample)):
             image_size, stored_size = (tuple(entry.facts[name]) for name in ("image_size", "stored_size"))
-            views = _blank(sample, None, image_size, stored_size, {**entry.tensors, "image_size": image_size})
+            features = {**entry.tensors, "image_size": image_size}
+            if self.features.residence:
+                features |= self.features.residence.label(sample.view_key, image_size, stored_size)
+            views = _blank(sample, None, image_size, stored_size, features)
         else:
             pictures, stored_size = self.load_pictures(sample)
             views = _blank(sample, pictures, tuple(pictures.shape[:-3:-1]), stored_size, None)
         return self._with_geometry(sample, views, UNCHANGED)
+
+    def hold(self, residence: Residence) -> None:
+        """From now on, features that are read stay there."""
+        self.features.residence = residence
+        self._cache.clear()  # of features that were read before, it says nothing
+
+    def _held(self, sample: Sample) -> dict | None:
+        residence = self.features and self.features.residence
+        return residence.find(sample.view_key) if residence else None
 
     def load_pictures(self, sample: Sample) -> tuple[Tensor, tuple[int, int]]:
         """uint8 [V, 3, H, W], upright and resized, and the (width, height) they had before, which is that of the files:
@@ -217,6 +233,11 @@ class ViewLoader:
         size = resized_size(*stored, self.data.image_size, self.patch_size)
         pictures = [resize_picture(load_rgb(path, turn, at_least=size), stored, size) for path, turn in files]
         return torch.stack(pictures), stored
+
+    def picture_size(self, sample: Sample) -> tuple[int, int]:
+        """(width, height) that its pictures are resized to, from the header of the first."""
+        stored = picture_size(sample.paths()[0], sample.turns()[0])
+        return resized_size(*stored, self.data.image_size, self.patch_size)
 
     def feature_parts(self, sample: Sample) -> dict:
         """What the features of a sample's views depend on, beside the settings of the store."""
