@@ -44,13 +44,16 @@ class FeaturesConfig:
     resident: Literal["none", "host", "device"] = "none"
 
     def __post_init__(self) -> None:
-        of_a_cache = {"dtype": self.dtype == "int8", "pool": self.pool > 1, "resident": self.resident != "none"}
-        if not self.folder and any(of_a_cache.values()):
-            name = next(name for name, chosen in of_a_cache.items() if chosen)
-            raise ValueError(
-                f"data.features.{name}: {getattr(self, name)} is for features that lie in a folder; name one in "
-                f"data.features.folder, or set {name} to {FeaturesConfig.__dataclass_fields__[name].default}"
-            )
+        for name, chosen in (
+            ("dtype", self.dtype == "int8"),
+            ("pool", self.pool > 1),
+            ("resident", self.resident != "none"),
+        ):
+            if chosen and not self.folder:
+                raise ValueError(
+                    f"data.features.{name}: {getattr(self, name)} is for features that lie in a folder; name one in "
+                    f"data.features.folder, or set {name} to {getattr(FeaturesConfig, name)}"
+                )
 
     @property
     def is_lossy(self) -> bool:
