@@ -141,8 +141,9 @@ def training_plan(config: RunConfig, workload: Workload, *, num_processes: int =
     cached = bool(config.data.features.folder) and config.model.freeze_vggt
     feature_bytes = entry_bytes(
         model.encoder, len(config.model.tap_layers), workload.num_views, workload.picture_size,
-        config.data.features.dtype, heads_of(config.model),
+        config.data.features.dtype, heads_of(config.model), config.data.features.pool,
     )  # fmt: skip
+    resident = feature_bytes * workload.num_view_sets if config.data.features.resident == "device" else 0.0
     global_batch = training.micro_batch_size * training.gradient_accumulation_steps * processes
     seen = global_batch * training.max_steps
     per_set = workload.num_samples / max(workload.num_view_sets, 1)
@@ -173,7 +174,8 @@ def training_plan(config: RunConfig, workload: Workload, *, num_processes: int =
         "parameters": {"all": card["parts"][-1][1], "trainable": trainable},
         "memory_bytes": _memory(
             config, longest, model, workload.longest_response, processes, share, feature_bytes if cached else None
-        ),
+        )
+        | {"resident features": resident},
         "steps": {
             "steps": training.max_steps,
             "processes": processes,
