@@ -80,7 +80,8 @@ def fill_cache(
 
     part: (i, n) does the i-th of n parts, i from 1; the parts of all n are the whole. num_processes: on this machine,
     each with the encoder; 0 = one per GPU. batch_size: view sets per pass. verify: read every file and every picture to
-    its end, and compute again what is damaged or stale.
+    its end, and compute again what is damaged or stale. Of a lossy form a few sets are encoded once more, to print how
+    far from exact they are stored.
     Raises ValueError for settings without a cache, and before anything is computed when the disk cannot hold it.
     """
     if not config.data.features.folder:
