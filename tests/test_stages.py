@@ -364,7 +364,7 @@ CHANGES = {
     "training.max_grad_norm": Change(1e-3, trained),
     "training.explosion_factor": Change(0.5, trained),
     "training.bf16": Change(True, trained),
-    "training.gradient_checkpointing": Change(True, recomputing, ONE_STEP),
+    "training.gradient_checkpointing": Change("always", recomputing, ONE_STEP),
     "training.log_every_steps": Change(3, trained, {"training.max_steps": 4}),
     "training.eval_every_steps": Change(1, trained),
     "training.num_eval_samples": Change(3, trained),
