@@ -160,8 +160,9 @@ class TrainingConfig:
     # Run name, run folder, model folder or checkpoint whose trained weights this run starts from; "" = none.
     start_from: str = ""
     max_steps: int = 600  # optimizer steps
-    micro_batch_size: int = 48  # samples per process and forward pass
-    group_size: int = 12  # samples of one view set that share one encoding; micro_batch_size is a multiple of it
+    micro_batch_size: int = 64  # samples per process and forward pass
+    # Samples of one view set that share its encoding and their prefix; micro_batch_size is a multiple of it.
+    group_size: int = 8
     gradient_accumulation_steps: int = 1
     learning_rate: float = 1.0e-3  # language model or its LoRA
     resampler_learning_rate: float = 1.0e-3  # resampler, geometry tokens, positions
@@ -172,6 +173,8 @@ class TrainingConfig:
     max_grad_norm: float = 1.0  # a longer gradient is scaled down to it, 0 = never
     explosion_factor: float = 20.0  # a loss above so many times the median of the last 50 stops the run, 0 = never
     bf16: bool = False
+    # The layers of language model and resampler; auto = on a GPU with strategy ddp. It takes minutes before step one.
+    compile: Literal["auto", "always", "never"] = "auto"
     # Layers forget their activations and are computed again in the backward pass: less memory, more time.
     # auto = where the plan of the run (training/plan.py) does not fit into the free memory without.
     gradient_checkpointing: Literal["auto", "always", "never"] = "auto"

@@ -241,6 +241,15 @@ def recomputing(config):
     return seen
 
 
+def compiling(config):
+    """Kinds of the layers that are to be compiled, which takes too long here."""
+    kinds = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.Module, "compile", lambda self: kinds.append(type(self).__name__))
+        train(config)
+    return kinds
+
+
 def processes(config):
     command = group_command(Path("folder"), 1, processes_per_node(config))
     return command[command.index("--num_processes") + 1]
@@ -364,6 +373,7 @@ CHANGES = {
     "training.max_grad_norm": Change(1e-3, trained),
     "training.explosion_factor": Change(0.5, trained),
     "training.bf16": Change(True, trained),
+    "training.compile": Change("always", compiling, ONE_STEP),
     "training.gradient_checkpointing": Change("always", recomputing, ONE_STEP),
     "training.log_every_steps": Change(3, trained, {"training.max_steps": 4}),
     "training.eval_every_steps": Change(1, trained),

@@ -18,7 +18,10 @@ from roomplan_lib.model.vggt import VGGT, VGGTConfig
 from roomplan_lib.model.vlm import LOGITS_AT_ONCE, RoomPlanVLM, parameter_table
 
 GIB = 2**30
-COMPILED_SHARE = 85.4 / 125.4  # of a layer's kept values, compiled over eager: kB of a token measured for Qwen3-4B
+# Of what a layer of Qwen3-4B keeps of a token, as measured: 85.4 kB compiled and 125.4 eager; 6.13 MB of all layers
+# where its own weights are trained and 4.51 with LoRA.
+COMPILED_SHARE = 85.4 / 125.4
+TRAINED_SHARE = 6.13 / 4.51
 
 
 def aggregator_flops(config: VGGTConfig, num_views: int, grid: tuple[int, int], num_layers: int | None = None) -> float:
@@ -73,10 +76,9 @@ def language_model_training_flops(
     checkpointing) the layers a second time."""
     language_model, config = model.language_model, model.language_model.config
     lora = sum(p.numel() for n, p in language_model.named_parameters() if "lora_" in n)
-    base_trained = any(p.requires_grad for n, p in language_model.named_parameters() if "lora_" not in n)
     forward = language_model_flops(config, length, num_logits, before)
     again = language_model_flops(config, length, 0, before) + 2 * lora * length if recompute else 0.0
-    return forward * (3 if base_trained else 2) + 6 * lora * length + again
+    return forward * (3 if _base_is_trained(model) else 2) + 6 * lora * length + again
 
 
 def language_model_bytes(
@@ -91,6 +93,7 @@ def language_model_bytes(
     """
     config = model.language_model.config
     kept = activations_per_token(config) * (COMPILED_SHARE if compiled else 1)
+    kept *= TRAINED_SHARE if _base_is_trained(model) else 1
     if recompute:
         kept = config.num_hidden_layers * config.hidden_size + kept / config.num_hidden_layers
     logits = min(num_logits * config.vocab_size, max(LOGITS_AT_ONCE, config.vocab_size))
@@ -156,9 +159,7 @@ def model_card(
         "positions": forward["positions"] * 3,
         "resampler": forward["resampler"] * (3 + recompute),
         "geometry_encoder": forward["geometry_encoder"] * 3,
-        "language_model": language_model_training_flops(
-            model, length, num_response_tokens, recompute=recompute
-        ),
+        "language_model": language_model_training_flops(model, length, num_response_tokens, recompute=recompute),
     }
     trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     encoder_bytes, bytes_per_value = _width_of(model.encoder), _width_of(model.language_model)
@@ -171,9 +172,7 @@ def model_card(
         + taps * tapped * encoder_bytes,
         "resampler activations": _resampler_activations(settings.resampler, context, 2 * encoder.embed_dim, recompute)
         * bytes_per_value,
-        "language model activations": language_model_bytes(
-            model, length, num_response_tokens, recompute=recompute
-        ),
+        "language model activations": language_model_bytes(model, length, num_response_tokens, recompute=recompute),
     }
     return {
         "parts": rows,
@@ -273,9 +272,11 @@ def resampler_table(
 
 
 def activations_per_token(config) -> float:
-    """Values that a decoder keeps of one token for the backward pass: of each layer four times the FFN's and the hidden
-    width, three times the queries' and twice the keys' (125 kB in bf16 measured for Qwen3-4B, 127 kB so). config: its
-    Hugging Face config."""
+    """Values that a decoder with LoRA keeps of one token for the backward pass: of each layer four times the FFN's and
+    the hidden width, three times the queries' and twice the keys' (125 kB in bf16 measured for Qwen3-4B, 127 kB so).
+
+    config: its Hugging Face config.
+    """
     heads, keys, head_dim = config.num_attention_heads, config.num_key_value_heads, _head_dim(config)
     layer = 4 * config.intermediate_size + 4 * config.hidden_size + (3 * heads + 2 * keys) * head_dim
     return config.num_hidden_layers * layer
@@ -283,6 +284,11 @@ def activations_per_token(config) -> float:
 
 def _head_dim(config) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _base_is_trained(model: RoomPlanVLM) -> bool:
+    """Whether the language model's own weights are trained, beside those of LoRA."""
+    return any(p.requires_grad for n, p in model.language_model.named_parameters() if "lora_" not in n)
 
 
 def _width_of(part: torch.nn.Module) -> int:
@@ -296,20 +302,20 @@ def _encoder_activations(
 ) -> float:
     """Values: of one block (its input, queries, keys, values, hidden layer) without gradients, of every block with.
 
+    A block that is trained keeps 13 of its width and two of the hidden layer: its input and what its norms, linear
+    layers, turned queries and keys, attention, activation and LayerScale make of it.
     recompute: of the frame and global blocks their inputs alone, and all of one at a time.
     """
     tokens = num_views * (1 + config.num_register_tokens + patches)
-    block = tokens * config.embed_dim * (6 + 2 * config.mlp_ratio)
     if not trained:
-        return block
+        return tokens * config.embed_dim * (6 + 2 * config.mlp_ratio)
+    block = tokens * config.embed_dim * (13 + 2 * config.mlp_ratio)
     if recompute:
         return block * (config.patch_embed_depth + 1) + 2 * config.depth * tokens * config.embed_dim
     return block * (config.patch_embed_depth + 2 * config.depth)
 
 
-def _resampler_activations(
-    config: ResamplerConfig, context: int, context_width: int, recompute: bool = False
-) -> float:
+def _resampler_activations(config: ResamplerConfig, context: int, context_width: int, recompute: bool = False) -> float:
     """Values: the context before and after its norm and, per layer, keys, values and what the latents leave.
 
     recompute: of a layer its latents alone, and all of one at a time.

@@ -25,8 +25,9 @@ DATA_SHEETS = {
 # Of the speed of matrix products, what each part reaches on a GPU. VGGT's authors publish 0.18 of the data sheet for 8
 # views on an H100; torchtitan reaches 0.40 (Llama-3.1-8B on H100s, bf16, eager) and 0.46 compiled.
 GPU_SHARES = ((0.25, 0.40), (0.30, 0.45))
-# On a CPU, of runs of the tiny and mini stages on two cores: live and cached, group_size 1 to 12.
-CPU_SHARES = ((0.25, 0.80), (0.25, 0.80))
+# On a CPU, around what was measured of runs of the tiny stage (live) and stage2_mini (cached) with group_size 1 to 12
+# on a busy core: 0.33 to 0.40 of the rest alone, 0.42 to 0.56 of both.
+CPU_SHARES = ((0.35, 0.80), (0.22, 0.60))
 MEASURED_S = 0.5  # of each part
 PRODUCT_FLOPS = {"cpu": 1e9, "cuda": 1e12}  # of one measured product at most, or a large model takes minutes
 
@@ -35,15 +36,26 @@ Product = tuple[int, int, int, int]  # rows, in and out features of a matrix pro
 
 @dataclass(frozen=True)
 class Machine:
-    """What one process of a run has: FLOP/s (least, most) of the encoder and of all else, bytes of memory."""
+    """What one process of a run has."""
 
     name: str
     told: str  # where its speed comes from
-    encoder: tuple[float, float]
-    rest: tuple[float, float]
-    memory: float  # of which `memory.USABLE` may be used
-    is_gpu: bool
+    speeds: tuple[float, float]  # FLOP/s of matrix products, as they come in the encoder and in all else
+    shares: tuple[tuple[float, float], tuple[float, float]]  # of it that each part reaches, (least, most)
+    memory: float  # bytes, of which `memory.USABLE` may be used
+    device: str  # cpu or cuda
     held: float = 0.0  # bytes of the program itself, where they count: in a process's own memory
+
+    def seconds(self, encoder: float, rest: float) -> tuple[float, float]:
+        """(least, most) that so many FLOPs of the encoder and of all else take."""
+        return tuple(
+            encoder / (self.speeds[0] * of_encoder) + rest / (self.speeds[1] * of_rest)
+            for of_encoder, of_rest in zip(*map(reversed, self.shares), strict=True)
+        )
+
+    def assumptions(self) -> str:
+        (e, E), (r, R) = self.shares
+        return f"{self.told}, of which the encoder reaches {e:.0%} to {E:.0%} and the rest {r:.0%} to {R:.0%}"
 
 
 def known_gpu(name: str) -> Machine:
@@ -54,7 +66,7 @@ def known_gpu(name: str) -> Machine:
     speed = sheet * REACHED * 1e12
     source = "measured" if name == "H200" else f"as large a part of its data sheet's {sheet:,} as an H200 reaches"
     told = f"{name}: {speed / 1e12:,.0f} TFLOP/s in bf16 ({source})"
-    return _machine(name, told, (speed, speed), GPU_SHARES, memory, is_gpu=True)
+    return Machine(name, told, (speed, speed), GPU_SHARES, memory, "cuda")
 
 
 def machine_at_hand(
@@ -71,17 +83,18 @@ def machine_at_hand(
     found = re.search(rf"\b({'|'.join(DATA_SHEETS)})\b(?!.*(PCIe|NVL))", name)  # boards of other speed are measured
     if device == "cuda" and found:
         known = known_gpu(found[1])
-        return _machine(name, known.told, (known.encoder[0] / GPU_SHARES[0][0],) * 2, GPU_SHARES, memory, is_gpu=True)
+        return Machine(name, known.told, known.speeds, GPU_SHARES, memory, "cuda")
     speeds = tuple(measure_speed(part, device, dtype) for part, dtype in zip((encoder, rest), dtypes, strict=True))
     told = " and ".join(f"{speed / 1e9:,.0f} GFLOP/s" for speed in speeds)
     if device == "cuda":
-        return _machine(name, f"{name}: {told} measured for encoder and rest", speeds, GPU_SHARES, memory, is_gpu=True)
+        return Machine(name, f"{name}: {told} measured for encoder and rest", speeds, GPU_SHARES, memory, "cuda")
     threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
-    each = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores // num_processes))  # as `launch` starts them
+    as_here = num_processes == 1 or os.environ.get("OMP_NUM_THREADS")
+    each = threads if as_here else max(1, cores // num_processes)  # as `launch` starts them
     share = min(each, cores / num_processes) / threads
     told = f"CPU: {told} measured for encoder and rest on {threads} thread{'s' * (threads > 1)}"
     speeds = tuple(speed * share for speed in speeds)
-    return _machine(name, told, speeds, CPU_SHARES, memory, is_gpu=False, held=held_memory())
+    return Machine(name, told, speeds, CPU_SHARES, memory, "cpu", held_memory())
 
 
 def free_memory(device: str, num_processes: int = 1) -> float:
@@ -108,11 +121,3 @@ def measure_speed(products: Sequence[Product], device: str, dtype: torch.dtype) 
             seconds += times * (time.perf_counter() - start)
         rounds.append(seconds)
     return sum(flops for *_, flops in made) / statistics.median(rounds[1:])  # the first one warms up
-
-
-def _machine(
-    name: str, told: str, speeds: tuple[float, float], shares: tuple, memory: float, *, is_gpu: bool, held: float = 0.0
-) -> Machine:
-    told += ", of which the encoder reaches {:.0%} to {:.0%} and the rest {:.0%} to {:.0%}".format(*shares[0], *shares[1])
-    encoder, rest = (tuple(speed * share for share in part) for speed, part in zip(speeds, shares, strict=True))
-    return Machine(name, told, encoder, rest, memory, is_gpu, held)

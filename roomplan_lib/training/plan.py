@@ -33,11 +33,13 @@ from roomplan_lib.model.vlm import RoomPlanConfig, RoomPlanVLM, qwen3_config
 from roomplan_lib.samples.targets import response_text
 from roomplan_lib.scenes import path_below
 from roomplan_lib.training.collator import Sample, resized_size
+from roomplan_lib.training.launch import num_nodes, processes_per_node
 from roomplan_lib.training.machine import Machine, free_memory, known_gpu, machine_at_hand
 from roomplan_lib.training.memory import USABLE
 from roomplan_lib.training.processes import Processes, resolve_device
 from roomplan_lib.training.prompt import prompt_text
 from roomplan_lib.training.sampler import GroupedBatchSampler
+from roomplan_lib.training.strategy import compiled_layers
 from roomplan_lib.training.tokenizer import IMAGE_TOKEN, TURN_END
 
 GPU = "H200"  # whose hours a run on no GPU is told in
@@ -88,13 +90,14 @@ def measure_workload(
     samples: Sequence[Sample],
     tokenizer: PreTrainedTokenizerBase,
     config: RunConfig,
-    num_processes: int = 1,
+    num_processes: int = 0,
     patch_size: int = 14,
 ) -> Workload:
     """The workload of training samples, as the run's own sampler draws them: means over its first steps, up to
     NUM_MEASURED samples; the longest of these and of as many that are evenly spaced.
 
-    num_processes: of the run. Raises ValueError without samples and for a first picture that cannot be read.
+    num_processes: of the run; 0 = as many as `launch` would start here.
+    Raises ValueError without samples and for a first picture that cannot be read.
     """
     training, data = config.training, config.data
     sampler = GroupedBatchSampler(
@@ -104,7 +107,7 @@ def measure_workload(
         num_steps=training.max_steps,
         seed=config.seed,
         shares=data.train_shares,
-        accumulation=training.gradient_accumulation_steps * num_processes,
+        accumulation=training.gradient_accumulation_steps * (num_processes or num_nodes() * processes_per_node(config)),
     )
     drawn: list[list[int]] = []
     for batch in sampler:
@@ -213,12 +216,12 @@ def training_plan(
 ) -> dict:
     """Tokens, memory of one process, steps, speed and cost of the run, as plain numbers: tokens, bytes, FLOPs, hours.
 
-    machine: where it runs; a GPU of the kind GPU for None. num_processes: of all nodes together; 0 = what the settings
-    say of one node, or 1 where that is one per GPU. What is not known exactly comes as (least, most).
-    Raises ValueError as `planned_model` and `model_card` do.
+    machine: where it runs; a GPU of the kind GPU for None. num_processes: of all nodes together; 0 = as many as
+    `launch` would start here. What is not known exactly comes as (least, most).
+    Raises ValueError as `planned_model`, `model_card` and `processes_per_node` do.
     """
     training, machine = config.training, machine or known_gpu(GPU)
-    processes = num_processes or config.distributed.num_processes or 1
+    processes = num_processes or num_nodes() * processes_per_node(config)
     model = planned_model(config.model, config.data, vocab_size)
     cut = _cut(config, workload, model)
     without = planned_memory(config, workload, model, processes, machine)
@@ -257,12 +260,12 @@ def training_plan(
         (seen * train + evaluated * look) / processes / 3600
         for train, look in zip(question_s, _seconds(forward, machine), strict=True)
     ]
-    fill_h = [s / processes / 3600 for s in _seconds({"encoder": encode_once}, machine)]
-    gpu = machine if machine.is_gpu else known_gpu(GPU)
+    fill_h = [s / processes / 3600 for s in machine.seconds(encode_once, 0.0)]
+    gpu = machine if machine.device == "cuda" else known_gpu(GPU)
     flops = {part: value * seen for part, value in per_sample.items()}
     return {
         "workload": dataclasses.asdict(workload),
-        "machine": dataclasses.asdict(machine),
+        "machine": dataclasses.asdict(machine) | {"assumes": machine.assumptions()},
         "tokens": {
             "visual": model.num_visual_tokens,
             "prompt": workload.longest_prompt,
@@ -297,10 +300,7 @@ def training_plan(
         "hours": tuple(training_h),
         "fill_hours": tuple(fill_h),
         "gpu": gpu.name,
-        "gpu_hours": tuple(
-            s / 3600
-            for s in _seconds({**flops, "encoder": flops["encoder"] + encode_once}, gpu)
-        ),
+        "gpu_hours": tuple(s / 3600 for s in _seconds({**flops, "encoder": flops["encoder"] + encode_once}, gpu)),
     }  # fmt: skip
 
 
@@ -334,7 +334,8 @@ def planned_memory(
             model,
             num_tokens,
             training.micro_batch_size * workload.longest_response,
-            compiled=_is_compiled(config, machine),
+            compiled=distributed.strategy == "ddp"
+            and bool(compiled_layers(config, model, torch.device(machine.device))),
             recompute=recompute,
         ),
     }
@@ -347,12 +348,10 @@ def settle_checkpointing(
     the memory of the plan is below nine tenths of what is free. Prints which, with the two numbers."""
     if config.training.gradient_checkpointing != "auto":
         return config
-    here = config.distributed.num_processes or 1
-    free = min(processes.gather(free_memory(processes.device.type, here)))
+    free = min(processes.gather(free_memory(processes.device.type, processes_per_node(config))))
     workload = processes.on_first(measure_workload, samples, tokenizer, config, processes.world_size)
     model = planned_model(config.model, config.data, len(tokenizer))
-    nothing = (0.0, 0.0)  # no speed is asked for
-    machine = Machine("", "", nothing, nothing, free, processes.device.type == "cuda")
+    machine = Machine("", "", (), (), free, processes.device.type)  # no speed is asked for
     needed = sum(planned_memory(config, workload, model, processes.world_size, machine).values())
     fits = needed <= USABLE * free
     print(
@@ -391,7 +390,7 @@ def plan_machine(config: RunConfig, workload: Workload, vocab_size: int = 0) -> 
         resolve_device(config.training.device),
         *([(*shape, count) for shape, count in part.items()] for part in products.values()),
         tuple(dtypes),
-        config.distributed.num_processes or 1,
+        processes_per_node(config),
     )
 
 
@@ -407,11 +406,15 @@ def plan_table(plans: dict[str, dict]) -> str:
             + (" **too long**" if p["tokens"]["longest"] > p["tokens"]["max_length"] else "")
         ),
         "questions that share a prefix, mean": lambda p: (
-            f"{p['steps']['samples a prefix']:.1f}" + (f" (**not shared**: {p['not shared']})" if p["not shared"] else "")
+            f"{p['steps']['samples a prefix']:.1f}"
+            + (f" (**not shared**: {p['not shared']})" if p["not shared"] else "")
         ),
         "tokens of a micro-batch: prefixes + own (unshared)": lambda p: (
             _tokens(p["tokens"]["micro-batch"])
-            + (" **few for a GPU**" * (p["machine"]["is_gpu"] and p["tokens"]["micro-batch"]["all"] < FILLS_A_GPU))
+            + (
+                " **few for a GPU**"
+                * (p["machine"]["device"] == "cuda" and p["tokens"]["micro-batch"]["all"] < FILLS_A_GPU)
+            )
         ),
         "tokens of a step: prefixes + own (unshared)": lambda p: _tokens(p["tokens"]["step"]),
         "**parameters**, of them trained": lambda p: (
@@ -458,7 +461,7 @@ def plan_table(plans: dict[str, dict]) -> str:
         + (f"of {w['num_measured']:,} samples" if w["num_measured"] else "assumed")
         for name, w in ((name, plan["workload"]) for name, plan in plans.items())
     )
-    machines = "; ".join(dict.fromkeys(plan["machine"]["told"] for plan in plans.values()))
+    machines = "; ".join(dict.fromkeys(plan["machine"]["assumes"] for plan in plans.values()))
     return (
         f"{table}\n\nReckoned, not measured. {told}. Memory is for samples of the longest length. Speed: {machines}. "
         "Hours are of training and of the held-out losses; written answers, saving and starting come on top, and "
@@ -500,8 +503,7 @@ def measured_table(plan: dict, entries: Sequence[dict]) -> str:
     for title, planned, measured in rows:
         middle = math.prod(planned) ** (1 / len(planned))
         inside = "" if len(planned) == 1 else "inside" if min(planned) <= measured <= max(planned) else "**outside**"
-        shown = " to ".join(f"{value:,.3g}" for value in planned)
-        lines.append(f"| {title} | {shown} | {measured:,.3g} | {measured / middle:.2f} | {inside} |")
+        lines.append(f"| {title} | {_between(planned)} | {_between([measured])} | {measured / middle:.2f} | {inside} |")
     return "\n".join(lines) + (
         "\n\nMeasured: medians over the log's entries but the first, and the largest peak. A planned range is divided "
         "by at its geometric mean."
@@ -524,17 +526,8 @@ def _why_not_shared(config: RunConfig, workload: Workload, model: RoomPlanVLM, c
     return model.why_not_shared
 
 
-def _is_compiled(config: RunConfig, machine: Machine) -> bool:
-    return False
-
-
 def _seconds(flops: dict[str, float], machine: Machine) -> tuple[float, float]:
-    """(least, most) of one process for FLOPs by part."""
-    rest = sum(flops.values()) - flops["encoder"]
-    return tuple(
-        flops["encoder"] / encoder + rest / other
-        for encoder, other in zip(reversed(machine.encoder), reversed(machine.rest), strict=True)
-    )
+    return machine.seconds(flops["encoder"], sum(flops.values()) - flops["encoder"])
 
 
 def _picture_size(sample: Sample, image_size: int, patch_size: int) -> tuple[int, int]:
@@ -561,5 +554,8 @@ def _checkpointing(settled: dict) -> str:
 
 
 def _span(numbers: Sequence[float]) -> str:
-    least, most = numbers
-    return "below 0.01" if most < 0.01 else f"{least:,.3g} to {most:,.3g}"
+    return "below 0.01" if numbers[1] < 0.01 else _between(numbers)
+
+
+def _between(numbers: Sequence[float]) -> str:
+    return " to ".join(f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in numbers)
