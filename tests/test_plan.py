@@ -302,7 +302,7 @@ def logits_flops(batch, lm):
 @pytest.mark.parametrize("lora", [None, LoraSettings(rank=4)], ids=["trained whole", "LoRA"])
 @pytest.mark.parametrize("group_size", [1, 8])
 def test_memory_is_what_a_forward_pass_keeps(tiny_config, group_size, lora):
-    """Bytes of all tensors that are kept for the backward pass, by part, within 15 % of the plan's, the language model 20 %."""
+    """Bytes of all tensors kept for the backward pass, by part: within 15 % of the plan's, the language model 20 %."""
     model_settings = {"freeze_vggt": lora is not None}
     model_settings["language_model"] = dataclasses.replace(tiny_config.model.language_model, lora=lora)
     config = changed(tiny_config, model=model_settings, training={"micro_batch_size": 16, "group_size": group_size})
