@@ -612,6 +612,23 @@ def benchmark_prepare(
 
 
 @command(app=benchmark)
+def pictures(
+    picture: Annotated[list[Path] | None, typer.Argument(help="Files to measure; made JPEGs without any.")] = None,
+    image_size: Annotated[int, typer.Option(min=14, help="Pixels of the longest side.")] = 448,
+    rounds: Annotated[int, typer.Option(min=1, help="In each, all ways take turns.")] = 25,
+    output: Annotated[Path | None, typer.Option(help="JSON Lines file for the figures.")] = None,
+) -> None:
+    """What a picture costs on its way to the encoder, beside the reference's way, and what smaller decoding changes."""
+    from roomplan_lib.files import write_whole
+    from roomplan_lib.training.picture_benchmark import benchmark_pictures, pictures_table
+
+    rows = list(benchmark_pictures(picture or (), image_size=image_size, rounds=rounds))
+    print(pictures_table(rows))
+    if output is not None:
+        write_whole(output, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+@command(app=benchmark)
 def decoding(
     tokenizer: Annotated[
         str, typer.Option(help="A Qwen3 tokenizer, hub id or folder; the tiny size alone is measured without it.")

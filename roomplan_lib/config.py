@@ -35,8 +35,29 @@ class AugmentationConfig:
 @dataclass(frozen=True)
 class FeaturesConfig:
     folder: str = ""  # cache of the frozen encoder's outputs; data/... as in train_files; "" = encode in every step
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # in which the cache keeps them
+    # In which the cache keeps them. int8 loses: one float32 scale per token, half the bytes of bfloat16.
+    dtype: Literal["bfloat16", "float32", "int8"] = "bfloat16"
     on_missing: Literal["compute", "error"] = "compute"  # a view set that the cache lacks, or holds stale or damaged
+    pool: Literal[1, 2] = 1  # 2 loses: the mean of 2x2 patch tokens in place of four, a quarter of the bytes
+    # Where training keeps features once they are read, so that later epochs read no file: memory of the host (pinned
+    # beside a GPU), or of the device that trains.
+    resident: Literal["none", "host", "device"] = "none"
+
+    def __post_init__(self) -> None:
+        for name, chosen in (
+            ("dtype", self.dtype == "int8"),
+            ("pool", self.pool > 1),
+            ("resident", self.resident != "none"),
+        ):
+            if chosen and not self.folder:
+                raise ValueError(
+                    f"data.features.{name}: {getattr(self, name)} is for features that lie in a folder; name one in "
+                    f"data.features.folder, or set {name} to {getattr(FeaturesConfig, name)}"
+                )
+
+    @property
+    def is_lossy(self) -> bool:
+        return self.dtype == "int8" or self.pool > 1
 
 
 @dataclass(frozen=True)

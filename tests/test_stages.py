@@ -211,6 +211,22 @@ def cached(config):
     return sorted((folder.name, path.name, path.stat().st_size) for path in folder.rglob("*.safetensors"))
 
 
+def held(config):
+    """View sets whose features are in memory after a run."""
+    seen = []
+    step = trainer_module.RoomPlanTrainer.train
+
+    def look(self, *args, **kwargs):
+        step(self, *args, **kwargs)
+        residence = self.collator.features.residence
+        seen.append(residence and (residence.on_device, len(residence.held)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module.RoomPlanTrainer, "train", look)
+        train(config)
+    return seen
+
+
 def loaders(config):
     """Loader processes that a run asks for."""
     asked = []
@@ -322,6 +338,8 @@ CHANGES = {
     "data.features.folder": Change("{tmp}/other", cached, CACHED | ONE_STEP),
     "data.features.dtype": Change("float32", cached, CACHED | ONE_STEP),
     "data.features.on_missing": Change("error", cached, CACHED | ONE_STEP),
+    "data.features.pool": Change(2, cached, CACHED | ONE_STEP),
+    "data.features.resident": Change("host", held, CACHED | ONE_STEP),
     "data.view_dropout": Change(0.9, partial(batched, draw=3)),
     "data.num_workers": Change(1, loaders, ONE_STEP),
     "data.augmentation.yaw_deg": Change(90.0, partial(batched, draw=3)),

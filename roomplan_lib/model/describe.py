@@ -225,7 +225,7 @@ def describe(
         + " + ".join(f"{name} {value / GIB:.2f}" for name, value in memory.items())
     )
     if features and features.folder:
-        cached = cache_card(model, num_views, image_size, features.dtype)
+        cached = cache_card(model, num_views, image_size, features.dtype, pool=features.pool)
         live, without = cached["live_flops"] / 1e12, cached["cached_flops"] / 1e12
         print(
             f"feature cache: once a view set is encoded, training on a sample takes {without:.4f} TFLOP in place of "
@@ -237,12 +237,18 @@ def describe(
 
 
 def cache_card(
-    model: RoomPlanVLM, num_views: int, image_size: int | tuple[int, int], dtype: str, group_size: int = 1
+    model: RoomPlanVLM,
+    num_views: int,
+    image_size: int | tuple[int, int],
+    dtype: str,
+    group_size: int = 1,
+    pool: int = 1,
 ) -> dict:
     """What the feature cache changes for one sample: training FLOPs live and cached, bytes per view set.
 
     group_size: samples that share one encoding of their views, one pass of the resampler and geometry tokens, and one
     of their visual tokens through the language model where it can share them.
+    pool: as in FeaturesConfig; the resampler's FLOPs are those of patches that are not pooled.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     flops = model_card(model, num_views, size)["train_flops"]
@@ -252,7 +258,7 @@ def cache_card(
     return {
         "live_flops": (flops["encoder"] + shared) / group_size + own,
         "cached_flops": shared / group_size + own,
-        "set_bytes": entry_bytes(model.encoder, taps, num_views, size, dtype, heads_of(model.settings)),
+        "set_bytes": entry_bytes(model.encoder, taps, num_views, size, dtype, heads_of(model.settings), pool),
     }
 
 

@@ -138,6 +138,7 @@ def main(path: Path, sizes: list[int], limit: int | None) -> None:
 
     from roomplan_lib.training.collator import load_samples
     from roomplan_lib.training.processes import Processes, resolve_device
+    from roomplan_lib.training.residence import resident_bytes
     from roomplan_lib.training.run import make_collator, make_model, make_tokenizer
     from roomplan_lib.training.strategy import Replicated
     from roomplan_lib.training.trainer import count_supervised, parameter_groups, to_device
@@ -156,6 +157,8 @@ def main(path: Path, sizes: list[int], limit: int | None) -> None:
     if config.training.gradient_checkpointing == "always":
         model.gradient_checkpointing_enable({"use_reentrant": False})
     collator = make_collator(model, tokenizer, config.data)
+    if cuda and config.data.features.resident == "device":
+        limit -= resident_bytes(config, model, collator, samples)
     groups = parameter_groups(model, config)
     strategy = Replicated(config, model, groups, Processes(device))
 

@@ -320,9 +320,11 @@ def planned_memory(
     training, distributed, cut = config.training, config.distributed, _cut(config, workload, model)
     one = model_card(model, workload.num_views, workload.picture_size, recompute=recompute)["memory_bytes"]
     shards = processes if distributed.strategy == "zero3" and processes > 1 else 1
-    encoder = one["encoder activations"]
+    encoder, resident = one["encoder activations"], 0.0
     if config.data.features.folder and config.model.freeze_vggt:
-        encoder = _feature_bytes(config, workload, model)
+        encoder, held = _feature_bytes(config, workload, model), config.data.features.resident
+        if held == "device" or (held == "host" and machine.device == "cpu"):
+            resident = encoder * workload.num_view_sets
     num_tokens = cut.groups * cut.prefix + training.micro_batch_size * cut.longest_own
     return {
         "the program": machine.held,
@@ -338,6 +340,7 @@ def planned_memory(
             and bool(compiled_layers(config, model, torch.device(machine.device))),
             recompute=recompute,
         ),
+        "resident features": resident,
     }
 
 
@@ -514,7 +517,7 @@ def _feature_bytes(config: RunConfig, workload: Workload, model: RoomPlanVLM) ->
     """Of one view set in the feature cache."""
     return entry_bytes(
         model.encoder, len(config.model.tap_layers), workload.num_views, workload.picture_size,
-        config.data.features.dtype, heads_of(config.model),
+        config.data.features.dtype, heads_of(config.model), config.data.features.pool,
     )  # fmt: skip
 
 

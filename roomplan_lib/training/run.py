@@ -27,6 +27,7 @@ from roomplan_lib.training.metrics import Metrics
 from roomplan_lib.training.plan import settle_checkpointing
 from roomplan_lib.training.processes import Processes, is_lost, join_processes
 from roomplan_lib.training.prompt import prompt_text
+from roomplan_lib.training.residence import hold_features
 from roomplan_lib.training.sampler import MIXED
 from roomplan_lib.training.start import load_start, start_folder
 from roomplan_lib.training.status import Preempted, RunLock, StopRequest, write_status
@@ -36,9 +37,10 @@ from roomplan_lib.training.trainer import RoomPlanTrainer, parameter_groups, sch
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "open3d", "open3d-cpu", "deepspeed")
 # Settings that change nothing learned, so a run that goes on may have others.
 FREE = (
-    "runs_dir", "distributed.", "data.num_workers", "data.cache_scenes", "data.features.", "training.log_every_steps",
-    "training.eval_every_steps", "training.num_eval_samples", "training.num_generated_samples",
-    "training.save_every_steps", "training.keep_checkpoints", "training.explosion_factor", "training.device",
+    "runs_dir", "distributed.", "data.num_workers", "data.cache_scenes", "data.features.folder",
+    "data.features.on_missing", "data.features.resident", "training.log_every_steps", "training.eval_every_steps",
+    "training.num_eval_samples", "training.num_generated_samples", "training.save_every_steps",
+    "training.keep_checkpoints", "training.explosion_factor", "training.device",
     "training.compile", "training.gradient_checkpointing",
 )  # fmt: skip
 # Settings of which only the product, the global batch size, is learned from.
@@ -157,6 +159,8 @@ def _train(
         wants_stop=stop,
     )
     _report(config, trainer, state["step"])
+    if config.data.features.resident != "none":
+        hold_features(config, model, collator, [*train_samples, *trainer.eval_samples], processes)
     torch.manual_seed(config.seed + processes.rank)
     try:
         trainer.train(checkpoint, state)
