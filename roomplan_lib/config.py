@@ -196,7 +196,9 @@ class TrainingConfig:
     bf16: bool = False
     # The layers of language model and resampler; auto = on a GPU with strategy ddp. It takes minutes before step one.
     compile: Literal["auto", "always", "never"] = "auto"
-    gradient_checkpointing: bool = False  # compute layers again in the backward pass: less memory, more time
+    # Layers forget their activations and are computed again in the backward pass: less memory, more time.
+    # auto = where the plan of the run (training/plan.py) does not fit into the free memory without.
+    gradient_checkpointing: Literal["auto", "always", "never"] = "auto"
     log_every_steps: int = 10
     eval_every_steps: int = 100  # 0 = never
     num_eval_samples: int = 256  # of the held-out samples, for the validation loss
@@ -303,7 +305,10 @@ def load_run_config(path: str | Path, **overrides: Any) -> RunConfig:
         raise ValueError(f"{path}: cannot read the settings: {error}") from None
     if not isinstance(data or {}, dict):
         raise ValueError(f"{path}: expected a mapping of settings, got {type(data).__name__}")
-    return parse(RunConfig, {**(data or {}), **{k: v for k, v in overrides.items() if v is not None}})
+    try:
+        return parse(RunConfig, {**(data or {}), **{k: v for k, v in overrides.items() if v is not None}})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def run_config_from_notebook(namespace: dict[str, Any]) -> RunConfig:
@@ -345,7 +350,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return None if value is None else _convert(next(a for a in args if a is not type(None)), value, path)
     if origin is Literal:
         if value not in args or isinstance(value, bool):  # True == 1
-            raise ValueError(f"{path}: expected one of {', '.join(map(str, args))}, got {value!r}")
+            advice = f"; write {'always' if value else 'never'}" if isinstance(value, bool) and "never" in args else ""
+            raise ValueError(f"{path}: expected one of {', '.join(map(str, args))}, got {value!r}{advice}")
         return value
     if dataclasses.is_dataclass(hint):
         return parse(hint, value, path)

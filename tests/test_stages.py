@@ -392,7 +392,7 @@ CHANGES = {
     "training.explosion_factor": Change(0.5, trained),
     "training.bf16": Change(True, trained),
     "training.compile": Change("always", compiling, ONE_STEP),
-    "training.gradient_checkpointing": Change(True, recomputing, ONE_STEP),
+    "training.gradient_checkpointing": Change("always", recomputing, ONE_STEP),
     "training.log_every_steps": Change(3, trained, {"training.max_steps": 4}),
     "training.eval_every_steps": Change(1, trained),
     "training.num_eval_samples": Change(3, trained),

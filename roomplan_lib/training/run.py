@@ -24,6 +24,7 @@ from roomplan_lib.samples.targets import response_text
 from roomplan_lib.training.checkpoint import clear_partial, copy_model_folder, list_checkpoints, newest_checkpoint
 from roomplan_lib.training.collator import Collator, Sample, load_samples
 from roomplan_lib.training.metrics import Metrics
+from roomplan_lib.training.plan import settle_checkpointing
 from roomplan_lib.training.processes import Processes, is_lost, join_processes
 from roomplan_lib.training.prompt import prompt_text
 from roomplan_lib.training.residence import hold_features
@@ -133,6 +134,7 @@ def _train(
     checkpoint, state = found or (None, {"step": 0})
     saved(state["step"])
     tokenizer = load_tokenizer(checkpoint) if checkpoint else make_tokenizer(config, train_samples)
+    config = settle_checkpointing(config, train_samples, tokenizer, processes)
     # The feature cache is found by the weights of the frozen encoder, so they are there before the checkpoint's.
     model = make_model(config, tokenizer, start=checkpoint is None or bool(config.data.features.folder))
     collator = make_collator(model, tokenizer, config.data)

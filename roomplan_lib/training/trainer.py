@@ -69,7 +69,7 @@ class RoomPlanTrainer:
         self.on_entry, self.on_save, self.wants_stop = on_entry, on_save, wants_stop
         self.step, self.saved_step = 0, 0
         self.curve = Curve()
-        if config.training.gradient_checkpointing:
+        if config.training.gradient_checkpointing == "always":  # `run` has settled what auto means
             model.gradient_checkpointing_enable({"use_reentrant": False})
 
     @property
