@@ -660,22 +660,27 @@ def benchmark_training(
     ),
     part: Annotated[
         list[str] | None,
-        typer.Option(help="loop, peers, cache, miniature, distributed, checkpoint; repeatable; default: all."),
+        typer.Option(
+            help="groups, inference, constrained, loop, peers, head, cache, miniature, distributed, checkpoint; "
+            "repeatable; default: all."
+        ),
     ] = None,
     steps: Annotated[int, typer.Option(min=10, help="Measured in each process, a multiple of 10.")] = 40,
     rounds: Annotated[int, typer.Option(min=1, help="Processes of each variant, taken in turn.")] = 3,
     threads: Annotated[int, typer.Option(min=1, help="Of each process.")] = 1,
     num_rooms: Annotated[int, typer.Option(min=5, help="Procedural rooms that are made to train on.")] = 10,
     size: Annotated[
-        list[str] | None, typer.Option(help="Of the peers' text model, e.g. vocab_size=8192; may be repeated.")
+        list[str] | None,
+        typer.Option(help="Of the text model of peers and head, e.g. vocab_size=8192; may be repeated."),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="JSON Lines file; the lines are printed as well.")] = None,
     figure: Annotated[Path | None, typer.Option(help="PNG, e.g. figures/benchmark_training.png.")] = None,
     folder: Annotated[Path | None, typer.Option(help="Where rooms and runs are made and removed again.")] = None,
 ) -> None:
-    """Compare our training with the bare computation, other trainers, live features, one process, a ZeRO-3 state."""
+    """Compare our training and answering with the reference code's loop, other trainers and the bare computation."""
     from roomplan_lib.files import write_whole
     from roomplan_lib.training import benchmark as bench
+    from roomplan_lib.training.benchmark.table import benchmark_table
 
     rows, text = [], bench.parse_sizes(size or ())
     for row in bench.benchmark_training(
@@ -684,7 +689,7 @@ def benchmark_training(
     ):  # fmt: skip
         print(json.dumps(row), flush=True)
         rows.append(row)
-    print(bench.benchmark_table(rows))
+    print(benchmark_table(rows))
     if output is not None:
         write_whole(output, "".join(json.dumps(row) + "\n" for row in rows))
     if figure is not None:

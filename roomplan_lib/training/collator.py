@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -368,6 +369,8 @@ class Collator(ViewLoader):
         self.tokenizer = tokenizer
         self.num_visual_tokens, self.share_prefix = num_visual_tokens, share_prefix
         self.placeholder = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        # By the identity of a training sample's record, which is kept so that no other takes it: prompt and response.
+        self._known: dict[int, tuple[dict, array, array]] = {}
 
     def __call__(
         self, samples: list[Sample], *, generate: bool = False, blind: bool = False, views: list[Sample] | None = None
@@ -384,14 +387,7 @@ class Collator(ViewLoader):
         ]
         first = dict(zip(reversed(shown_as), reversed(shown), strict=True))
         keys = list(dict.fromkeys(shown_as))
-        prompts = self._prompts(samples, changes, 0 if blind else self.num_visual_tokens)
-        responses = []
-        if not generate:
-            texts = [
-                response_text(s.record, change, self.data.codec) for s, change in zip(samples, changes, strict=True)
-            ]
-            end = self.tokenizer.eos_token_id
-            responses = [[*ids, end] for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        prompts, responses = self._token_ids(samples, changes, generate, blind)
         batch = self._pad(samples, prompts, responses, generate)
         if not blind:
             sets = [self.view_set(first[key], key[1]) for key in keys]
@@ -418,25 +414,40 @@ class Collator(ViewLoader):
                 batch["view_mask"] = [~torch.tensor(key[2]) for key in keys]
         return batch
 
-    def _prompts(self, samples: list[Sample], changes: list[Augmentation], num_visual_tokens: int) -> list[list[int]]:
-        """The tokens of each prompt; one placeholder is tokenised in place of all, which are the same."""
-        texts = [
-            prompt_text(
-                sample.record,
-                self.tokenizer,
-                min(num_visual_tokens, 1),
-                self.data.visual_first,
-                change,
-                self.data.codec,
+    def _token_ids(
+        self, samples: list[Sample], changes: list[Augmentation], generate: bool, blind: bool
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """The tokens of each prompt, and of each response with its end token (none to generate).
+
+        Texts of training that no draw changes are written and tokenised once; one placeholder is tokenised in place of
+        all, which are the same.
+        """
+        fixed = [change == UNCHANGED and not generate and not blind for change in changes]
+        known = [self._known.get(id(s.record)) if kept else None for s, kept in zip(samples, fixed, strict=True)]
+        new = [i for i, texts in enumerate(known) if texts is None]
+        num_tokens = 0 if blind else self.num_visual_tokens
+        if new:
+            settings = min(num_tokens, 1), self.data.visual_first
+            prompts = self._tokenise(
+                prompt_text(samples[i].record, self.tokenizer, *settings, changes[i], self.data.codec) for i in new
             )
-            for sample, change in zip(samples, changes, strict=True)
-        ]
-        prompts = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        if num_visual_tokens > 1:
+            responses = [array("i")] * len(new)
+            if not generate:
+                texts = (response_text(samples[i].record, changes[i], self.data.codec) for i in new)
+                responses = self._tokenise(texts, self.tokenizer.eos_token_id)
+            for i, prompt, response in zip(new, prompts, responses, strict=True):
+                known[i] = samples[i].record, prompt, response
+                if fixed[i]:
+                    self._known[id(samples[i].record)] = known[i]
+        prompts = [prompt.tolist() for _, prompt, _ in known]
+        if num_tokens > 1:
             for ids in prompts:
                 place = ids.index(self.placeholder)
-                ids[place:place] = [self.placeholder] * (num_visual_tokens - 1)
-        return prompts
+                ids[place:place] = [self.placeholder] * (num_tokens - 1)
+        return prompts, [] if generate else [response.tolist() for _, _, response in known]
+
+    def _tokenise(self, texts: Iterable[str], *end: int) -> list[array]:
+        return [array("i", [*ids, *end]) for ids in self.tokenizer([*texts], add_special_tokens=False)["input_ids"]]
 
     def _pad(self, samples: list[Sample], prompts: list, responses: list, left: bool) -> dict:
         rows = [p + r for p, r in zip(prompts, responses or [[]] * len(prompts), strict=True)]

@@ -14,7 +14,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, TrainerCallback
 
 from roomplan_lib.config import LoraSettings, RunConfig, to_dict
 from roomplan_lib.model.vlm import RoomPlanConfig, RoomPlanVLM
-from roomplan_lib.training.benchmark import WINDOW, Clock
+from roomplan_lib.system import held_memory, peak_memory
+from roomplan_lib.training.benchmark.measure import Clock
 from roomplan_lib.training.collator import IGNORE_INDEX, Sample
 from roomplan_lib.training.metrics import Metrics
 from roomplan_lib.training.tokenizer import train_tokenizer
@@ -59,9 +60,9 @@ def measure_peer(config: RunConfig, job: dict) -> dict:
     # The first eight tokens are left to special ones.
     rows = rng.integers(8, sizes.vocab_size, (config.training.max_steps * sizes.num_rows, sizes.length)).tolist()
     trainers = {"bare": train_bare, "ours": train_ours, "HF Trainer": train_hf, "TRL": train_trl}
-    clock = Clock()
+    clock, start = Clock(config.training.log_every_steps), held_memory()
     trainers[job["variant"]](config, sizes, rows, clock)
-    return clock.result(sizes.num_rows)
+    return clock.result(sizes.num_rows) | {"memory_above_start_gb": (peak_memory() - start) / 1e9}
 
 
 def train_bare(config: RunConfig, sizes: TextSizes, rows: list[list[int]], clock: Clock) -> None:
@@ -132,7 +133,7 @@ def train_hf(config: RunConfig, sizes: TextSizes, rows: list[list[int]], clock: 
     def collate(part: list[dict]) -> dict:
         return batch_of(sizes, [row["input_ids"] for row in part])
 
-    arguments = TrainingArguments(**_arguments(config), remove_unused_columns=False)
+    arguments = TrainingArguments(**hf_arguments(config), remove_unused_columns=False)
     model = peft_model(sizes)
     Trainer(model, arguments, collate, data, callbacks=[Marks(clock)]).train()
 
@@ -146,7 +147,7 @@ def train_trl(config: RunConfig, sizes: TextSizes, rows: list[list[int]], clock:
     labels = [hidden + row[-sizes.num_supervised :] for row in rows]
     data = Dataset.from_dict({"input_ids": rows, "labels": labels})
     arguments = SFTConfig(
-        **_arguments(config),
+        **hf_arguments(config),
         max_length=None,
         gradient_checkpointing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
@@ -157,7 +158,7 @@ def train_trl(config: RunConfig, sizes: TextSizes, rows: list[list[int]], clock:
     ).train()
 
 
-def _arguments(config: RunConfig) -> dict:
+def hf_arguments(config: RunConfig) -> dict:
     settings = config.training
     return {
         "output_dir": str(config.run_dir),
@@ -168,7 +169,7 @@ def _arguments(config: RunConfig) -> dict:
         "max_grad_norm": settings.max_grad_norm,
         "adam_beta2": 0.95,
         "lr_scheduler_type": "constant",
-        "logging_steps": WINDOW,
+        "logging_steps": settings.log_every_steps,
         "logging_first_step": True,
         "save_strategy": "no",
         "report_to": "none",
