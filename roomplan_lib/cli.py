@@ -392,6 +392,46 @@ def train(
 
 
 @command
+def plan(
+    params: Params,
+    run_name: RunName = None,
+    measured: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Folder of a run of these settings, to set the plan beside it.")
+    ] = None,
+    gpu: Annotated[str | None, typer.Option(help="H200, B200, H100 or A100, in place of this machine.")] = None,
+    num_processes: Annotated[
+        int, typer.Option(min=0, help="Of all nodes together; 0 = as many as would be started here.")
+    ] = 0,
+    scannet: Annotated[
+        bool,
+        typer.Option("--scannet", help="As many questions as ScanQA and SQA3D have, in place of the stage's files."),
+    ] = False,
+) -> None:
+    """Print what a run will take before it starts: tokens, memory, TFLOP, questions/s, hours; or also what it took."""
+    from roomplan_lib.config import load_run_config
+    from roomplan_lib.training import plan as planning
+    from roomplan_lib.training.collator import load_samples
+    from roomplan_lib.training.metrics import read_metrics
+    from roomplan_lib.training.run import make_tokenizer
+
+    config = load_run_config(params, run_name=run_name)
+    log = measured and measured / "metrics.jsonl"
+    if log and not log.is_file():
+        raise ValueError(f"{log} is missing; give --measured the folder of a run that has logged a step")
+    workload, vocab_size = planning.SCANNET_QUESTIONS, 0
+    if not scannet:
+        samples = load_samples(config.data.train_paths)
+        tokenizer = make_tokenizer(config, samples)
+        workload = planning.measure_workload(samples, tokenizer, config, num_processes)
+        vocab_size = len(tokenizer)
+    machine = planning.known_gpu(gpu) if gpu else planning.plan_machine(config, workload, vocab_size)
+    made = planning.training_plan(config, workload, machine, num_processes=num_processes, vocab_size=vocab_size)
+    print(planning.plan_table({config.run_name: made}))
+    if log:
+        print("\n" + planning.measured_table(made, read_metrics(log)))
+
+
+@command
 def consolidate(
     run: Annotated[Path, typer.Argument(help="Folder of a run, a model folder or a checkpoint.")],
     output: Annotated[Path | None, typer.Option(help="Folder to make; beside the weights when left out.")] = None,
@@ -569,6 +609,23 @@ def benchmark_prepare(
 
     result = bench.benchmark_prepare(num_scenes, num_poses=num_poses, workers=workers, folder=folder)
     print(bench.benchmark_table(result))
+
+
+@command(app=benchmark)
+def pictures(
+    picture: Annotated[list[Path] | None, typer.Argument(help="Files to measure; made JPEGs without any.")] = None,
+    image_size: Annotated[int, typer.Option(min=14, help="Pixels of the longest side.")] = 448,
+    rounds: Annotated[int, typer.Option(min=1, help="In each, all ways take turns.")] = 25,
+    output: Annotated[Path | None, typer.Option(help="JSON Lines file for the figures.")] = None,
+) -> None:
+    """What a picture costs on its way to the encoder, beside the reference's way, and what smaller decoding changes."""
+    from roomplan_lib.files import write_whole
+    from roomplan_lib.training.picture_benchmark import benchmark_pictures, pictures_table
+
+    rows = list(benchmark_pictures(picture or (), image_size=image_size, rounds=rounds))
+    print(pictures_table(rows))
+    if output is not None:
+        write_whole(output, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 @command(app=benchmark)

@@ -15,7 +15,8 @@ from roomplan_lib.model.shared_prefix import PrefixLayout, attend, lay_out, pref
 from roomplan_lib.model.vlm import summed_loss
 from roomplan_lib.training.answers import prompt_of
 from roomplan_lib.training.collator import load_samples
-from roomplan_lib.training.run import make_collator, make_model, make_tokenizer
+from roomplan_lib.training.metrics import read_metrics
+from roomplan_lib.training.run import make_collator, make_model, make_tokenizer, train
 
 
 def changed(config, **sections):
@@ -238,6 +239,17 @@ def test_logits_in_parts_give_the_same_loss(monkeypatch):
     found = torch.autograd.grad(parts, (hidden, head.weight))
     assert max(largest) == 4 and parts.item() == pytest.approx(whole.item(), rel=1e-6)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_the_same(tiny_config):
+    """Six steps whose rows differ in number and length."""
+    losses = []
+    for compiled in ("never", "always"):
+        config = changed(tiny_config, training={"compile": compiled, "eval_every_steps": 0})
+        run_dir = train(dataclasses.replace(config, run_name=compiled))
+        losses.append([entry["loss"] for entry in read_metrics(run_dir / "metrics.jsonl")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 6
 
 
 # ---------------------------------------------------------------------------- what is written

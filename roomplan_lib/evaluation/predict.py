@@ -166,8 +166,8 @@ def make_job(
         "max_new_tokens": max_new_tokens,
         "constrained": constrained,
     }
-    if config.data.features.folder:  # which are rounded to this
-        fingerprint["features"] = config.data.features.dtype
+    if (features := config.data.features).folder:  # which are rounded to this
+        fingerprint["features"] = features.dtype if features.pool == 1 else f"{features.dtype}, pool {features.pool}"
     samples = first_scenes(pool, num_scenes)
     return Job(config, folder, weights, pool, samples, max_new_tokens, constrained, device, fingerprint)
 

@@ -34,7 +34,7 @@ from roomplan_lib.config import (
     parse,
     to_dict,
 )
-from roomplan_lib.model.features import FeatureCache, encode, heads_of
+from roomplan_lib.model.features import FeatureCache, encode, heads_of, pool_coordinates, pooled_grid, unpack
 from roomplan_lib.model.generation import Prompt, prefill, rows_of
 from roomplan_lib.model.geometry_tokens import GeometryEncoder, record_poses
 from roomplan_lib.model.positions import VGGT_HEADS, build_positions, encode_positions, vggt_patch_coordinates
@@ -256,19 +256,23 @@ class RoomPlanVLM(PreTrainedModel, GenerationMixin):
         has_geometry: [S] bool; patch_coordinates [V, P, 3] metres in the reference frame ([V, P, n_points, 3] with
         more points than one) and patch_valid [V, P], S of each, where 3D positions from depth are on (ValueError
         without them; positions from VGGT's own points need a geometry record instead). features: for sets whose
-        pixel_values are None, what the cache holds of them: `tokens` [num_taps, V, T, E], `image_size` (width, height),
-        VGGT's `pose_enc` and `depth` where its points are used; to_store: for the others, as what it is to keep them.
+        pixel_values are None, what the cache holds of them: `tokens` [num_taps, V, T, E] with their `scale` where they
+        are int8, `image_size` (width, height), VGGT's `pose_enc` and `depth` where its points are used; to_store: for
+        the others, as what it is to keep them. All sets have the pooled patches of the cache that is open.
         view_mask: S tensors bool [V], False for views that the encoder sees and nothing after it; None = all are seen.
         Sets of different V, H or W are encoded apart, so no padding ever reaches the encoder's global attention.
         """
         if self.needs_positions and patch_coordinates is None:
             raise ValueError("3D positions are on, but the batch holds no patch_coordinates")
         cached = features or [None] * len(pixel_values)
+        if self.features is not None and (residence := self.features.residence):
+            cached = [known and residence.resolve(known, has_geometry.device) for known in cached]
         groups: dict[tuple, list[int]] = {}
         for i, (views, known) in enumerate(zip(pixel_values, cached, strict=True)):
             shape = views.shape if known is None else (*known["tokens"].shape, *known["image_size"])
             groups.setdefault(tuple(shape), []).append(i)
         encoded: list[Tensor | None] = [None] * len(pixel_values)
+        pool = 1 if self.features is None else self.features.settings.pool
         self.sets_with_positions = None if self.positions is None else torch.zeros_like(has_geometry)
         for members in groups.values():
             records, has, seen = torch.stack([geometry_records[i] for i in members]), has_geometry[members], None
@@ -289,13 +293,15 @@ class RoomPlanVLM(PreTrainedModel, GenerationMixin):
                     valid = torch.stack([patch_valid[i] for i in members])
                 else:
                     coordinates, valid = self._own_coordinates(predictions, records, has, size)
+                if pool > 1:
+                    coordinates, valid = pool_coordinates(coordinates, valid, grid, pool)
                 positions = encode_positions(self.positions, self.settings.positions, coordinates, valid).to(dtype)
                 valid = valid if seen is None else valid & seen[..., None]
                 self.sets_with_positions[members] = valid.flatten(1).any(1)
                 if self.settings.positions.add_to == "encoder":
                     on_patches = F.pad(positions, (0, 0, patch_token_start, 0))  # zero on camera and registers
                     taps, positions = [tap + on_patches for tap in taps], None
-            tokens = self.resampler(taps, patch_token_start, grid, positions, seen)
+            tokens = self.resampler(taps, patch_token_start, pooled_grid(grid, pool), positions, seen)
             if self.geometry_encoder is not None:
                 records = records.to(self.geometry_encoder.null_record.dtype)
                 tokens = torch.cat([tokens, self.geometry_encoder(records, has, seen)], dim=1)
@@ -308,19 +314,22 @@ class RoomPlanVLM(PreTrainedModel, GenerationMixin):
     ) -> tuple[list[Tensor], dict[str, Tensor], tuple[int, int]]:
         """Tapped tokens [S, V, T, E], VGGT's own cameras and depth where they are used, and (H, W) of the pictures."""
         taps, predictions = encode(self.encoder, pixels, self.settings.tap_layers, heads_of(self.settings))
+        size = tuple(pixels.shape[-2:])
         if self.features is not None:
+            packed = self.features.pack(torch.stack(taps, dim=1), size)
             for i, kept in enumerate(to_store):
                 if kept is not None:
-                    tokens = torch.stack([tap[i] for tap in taps])
-                    self.features.store(**kept, tokens=tokens, predictions={k: v[i] for k, v in predictions.items()})
-        return taps, predictions, tuple(pixels.shape[-2:])
+                    self.features.store(**kept, tensors={k: v[i] for k, v in (packed | predictions).items()})
+            if self.features.settings.is_lossy:  # what is learned from must not depend on what the cache held already
+                taps = list(unpack(packed).unbind(1))
+        return taps, predictions, size
 
     def _cached(self, features: list[dict]) -> tuple[list[Tensor], dict[str, Tensor], tuple[int, int]]:
         """As `_encode`, from the cache."""
         tensors = {
             name: torch.stack([known[name] for known in features]) for name in features[0] if name != "image_size"
         }
-        return list(tensors.pop("tokens").unbind(1)), tensors, tuple(features[0]["image_size"][::-1])
+        return list(unpack(tensors).unbind(1)), tensors, tuple(features[0]["image_size"][::-1])
 
     def _own_coordinates(
         self, predictions: dict[str, Tensor], records: Tensor, has_geometry: Tensor, size: tuple[int, int]
