@@ -439,7 +439,8 @@ class RoomPlanVLM(PreTrainedModel, GenerationMixin):
         hidden = self.language_model.get_decoder()(
             inputs_embeds=embeddings[None],
             position_ids=position_ids[None],
-            attention_mask=layout.block_mask,
+            # Of four dimensions it is passed on as it is; for None a dense mask of the row would be made for nothing.
+            attention_mask=embeddings.new_empty(1, 1, 0, 0) if layout.block_mask is None else layout.block_mask,
             prefix_layout=layout,
             use_cache=False,
         ).last_hidden_state[0]
