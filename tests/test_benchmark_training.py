@@ -156,7 +156,7 @@ def smaller(monkeypatch):
 def small_groups(tiny_config, tmp_path, monkeypatch, smaller):
     """By variant the trainer of `groups` on eight rooms, with steps of eight questions."""
     monkeypatch.setattr(groups, "QUESTIONS", 8)
-    monkeypatch.setattr(groups, "PER_VIEW_SET", 8)
+    monkeypatch.setattr(groups, "PER_VIEW_SET", 4)
     training = dataclasses.replace(tiny_config.training, max_steps=2)
 
     def make(cached=False, group_size=1, lora=True):
@@ -181,7 +181,7 @@ def test_every_way_of_training_begins_with_one_loss(small_groups):
         "reference": (small_groups(lora=False), groups.reference_loop, {"language_model", "geometry_encoder"}),
         "HF": (small_groups(cached=True), groups.train_hf_cached, OURS_TRAINS),
         "live": (small_groups(), lambda t, c: groups.train_ours(t, c, False), OURS_TRAINS),
-        "cached": (small_groups(cached=True, group_size=8), lambda t, c: groups.train_ours(t, c, False), OURS_TRAINS),
+        "cached": (small_groups(cached=True, group_size=4), lambda t, c: groups.train_ours(t, c, False), OURS_TRAINS),
     }  # fmt: skip
     for name, (trainer, train, trains) in ways.items():
         clock = Clock(window=1)
@@ -195,7 +195,7 @@ def test_every_way_of_training_begins_with_one_loss(small_groups):
 
 
 def test_ungrouped_steps_show_as_many_view_sets_as_questions(small_groups):
-    for group_size in (1, 4, 8):
+    for group_size in (1, 2, 4):
         trainer = small_groups(group_size=group_size)
         for draws in trainer.get_train_dataloader().batch_sampler:
             keys = [trainer.train_samples[i].view_key for i, _ in draws]
@@ -203,8 +203,8 @@ def test_ungrouped_steps_show_as_many_view_sets_as_questions(small_groups):
 
 
 def test_features_in_memory_are_those_of_the_cache(small_groups):
-    trainer = small_groups(cached=True, group_size=8)
-    samples = trainer.train_samples[4:12]
+    trainer = small_groups(cached=True, group_size=4)
+    samples = trainer.train_samples[2:10]
     read, known = trainer.collator(samples), groups.known_views(trainer)(samples)
     for one, other in zip(read["features"], known["features"], strict=True):
         assert torch.equal(one["tokens"], other["tokens"]) and one["tokens"].data_ptr() != other["tokens"].data_ptr()
