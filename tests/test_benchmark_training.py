@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -111,12 +112,13 @@ def test_wrong_use_is_one_line():
         assert result.exit_code == 1 and reason in result.stderr and len(result.stderr.splitlines()) == 1
 
 
-def test_peers_that_are_not_here_say_why(monkeypatch):
+@pytest.mark.parametrize(
+    "variant, remedy", [("TRL", r"needs TRL: pip install 'roomplan_lib\[peers\]'"), ("LLaMA-Factory", "needs LLaMA-F")]
+)
+def test_peers_that_are_not_here_say_why(tiny_config, monkeypatch, variant, remedy):
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
-    assert "pip install 'roomplan_lib[peers]'" in peers.why_not_here("TRL", "cpu")
-    assert "--device cuda" in peers.why_not_here("LLaMA-Factory", "cpu")
-    assert "needs LLaMA-Factory" in peers.why_not_here("LLaMA-Factory", "cuda")
-    assert not peers.why_not_here("HF Trainer", "cpu")
+    reason = peers.measure_peer(tiny_config, {"variant": variant, "text": {}})["skipped"]
+    assert re.match(remedy, reason)
 
 
 @pytest.mark.parametrize("train", [peers.train_bare, peers.train_ours, peers.train_hf])
