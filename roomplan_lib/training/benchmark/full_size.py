@@ -46,13 +46,12 @@ def question_tflop(model, num_views: int, image_size: int) -> dict[str, float]:
     position. Ours has them where there is an answer; a group shares encoder, resampler, geometry tokens and the visual
     tokens' part of the language model.
     """
-    from roomplan_lib.model.describe import language_model_flops, model_card
+    from roomplan_lib.model.describe import language_model_flops, language_model_training_flops, model_card
 
     card = model_card(model, num_views, image_size)
     tokens, forward, lm = card["tokens"], card["forward_flops"], model.language_model.config
     length, prefix = tokens["sequence"], tokens["visual"]
-    lora = 6 * sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
-    of_prefix = 2 * language_model_flops(lm, prefix, 0) + lora * prefix
+    of_prefix = language_model_training_flops(model, prefix, 0)
     of_views = sum(card["train_flops"][part] for part in ("positions", "resampler", "geometry_encoder"))
 
     def ours(group_size: int, cached: bool) -> float:

@@ -23,6 +23,11 @@ from roomplan_lib.training.tokenizer import train_tokenizer
 from roomplan_lib.training.trainer import RoomPlanTrainer, to_device
 
 HEAD_WIDTH = 32
+# By variant what it is made by, and how to get that.
+PACKAGES = {
+    "TRL": ("trl", "pip install 'roomplan_lib[peers]'"),
+    "LLaMA-Factory": ("llamafactory", "an environment of its own, since it takes older versions of transformers"),
+}
 
 
 @dataclass(frozen=True)
@@ -43,8 +48,9 @@ def measure_peer(config: RunConfig, job: dict) -> dict:
 
     The first step's loss is the same for all but for the rows that it sees, since LoRA begins as nothing.
     """
-    if reason := why_not_here(job["variant"], config.training.device):
-        return {"skipped": reason}
+    package, remedy = PACKAGES.get(job["variant"], ("torch", ""))
+    if importlib.util.find_spec(package) is None:
+        return {"skipped": f"needs {job['variant']}: {remedy}"}
     sizes = TextSizes(**job["text"])
     config = replace(
         config,
@@ -71,17 +77,6 @@ def measure_peer(config: RunConfig, job: dict) -> dict:
     trainers[job["variant"]](config, sizes, rows, clock)
     used = torch.cuda.max_memory_allocated() if config.training.device == "cuda" else peak_memory() - start
     return clock.result(sizes.num_rows) | {"memory_above_start_gb": used / 1e9}
-
-
-def why_not_here(variant: str, device: str) -> str:
-    """Why a peer cannot run; "" where it can."""
-    if variant == "TRL" and importlib.util.find_spec("trl") is None:
-        return "needs TRL: pip install 'roomplan_lib[peers]'"
-    if variant == "LLaMA-Factory" and device != "cuda":
-        return "is measured on a GPU: --device cuda"
-    if variant == "LLaMA-Factory" and importlib.util.find_spec("llamafactory") is None:
-        return "needs LLaMA-Factory, whose versions of the other packages want an environment of their own"
-    return ""
 
 
 def train_bare(config: RunConfig, sizes: TextSizes, rows: list[list[int]], clock: Clock) -> None:
@@ -192,6 +187,7 @@ def train_llama_factory(config: RunConfig, sizes: TextSizes, rows: list[list[int
         "stage": "sft",
         "do_train": True,
         "model_name_or_path": str(base),
+        "dataset": "rows",  # which has to have a name, though its tokens are there
         "tokenized_path": str(tokens),
         "template": "empty",
         "finetuning_type": "lora",
