@@ -51,11 +51,8 @@ def make(config):
 
 def ragged(samples, size):
     """`size` questions of one scene, then fewer of others, words and actions, long and short ones in turn."""
-    by_scene = {}
-    for sample in samples:
-        by_scene.setdefault(sample.record["scene_id"], []).append(sample)
     chosen = []
-    for number, group in enumerate(list(by_scene.values())[:3]):
+    for number, group in enumerate(by_scene(samples)[:3]):
         group = sorted(group, key=lambda s: len(str(s.record)))
         mixed = [group[i // 2] if i % 2 else group[-1 - i // 2] for i in range(len(group))]
         chosen += mixed[: max(1, size - 3 * number)]
@@ -125,6 +122,30 @@ def test_a_question_sees_no_other(tiny_config):
         kept = {**shared, "predicting": shared["predicting"][:first], "targets": shared["targets"][:first]}
         losses.append(model(**{**batch, "shared_prefix": kept}).loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_a_batch_that_shares_calls_the_same_modules_as_one_that_does_not(tiny_config):
+    """Under ZeRO-3 each call fetches weights from the other processes, whose batch may share nothing."""
+    model, collator, samples = make(tiny_config)
+    calls = []
+    for name, module in model.named_modules():
+        if next(module.parameters(recurse=False), None) is not None and not name.startswith("encoder."):
+            module.register_forward_pre_hook(lambda module, args, name=name: calls.append(name))
+    orders = []
+    for chosen in (ragged(samples, 4)[:4], [group[0] for group in by_scene(samples)[:4]]):
+        batch = collator(chosen)
+        model(**batch)
+        orders.append(("shared_prefix" in batch, [*calls]))
+        calls.clear()
+    (shares, one), (shares_too, other) = orders
+    assert shares and not shares_too and one == other and "language_model.model.embed_tokens" in one
+
+
+def by_scene(samples):
+    scenes = {}
+    for sample in samples:
+        scenes.setdefault(sample.record["scene_id"], []).append(sample)
+    return list(scenes.values())
 
 
 def random_layout(generator, groups=3, length=5):

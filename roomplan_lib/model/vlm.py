@@ -427,9 +427,11 @@ class RoomPlanVLM(PreTrainedModel, GenerationMixin):
         """Last hidden states [M, D] of the tokens behind the prefixes, in the order of `shared_prefix["tokens"]`."""
         length, tokens = shared_prefix["length"], shared_prefix["tokens"]
         layout = PrefixLayout(length, input_ids.shape[1] - length, scene_index, tokens, len(visual_tokens))
-        prefixes = self.embed(input_ids[:1, :length].expand(len(visual_tokens), -1), visual_tokens)
-        own = self.get_input_embeddings()(input_ids[:, length:].flatten()[tokens])
-        embeddings, position_ids = torch.cat([prefixes.flatten(0, 1), own]), layout.position_ids()
+        own = input_ids[:, length:].flatten()[tokens]
+        row = torch.cat([input_ids[0, :length].repeat(len(visual_tokens)), own])
+        # One look-up, as of a batch that shares nothing: under ZeRO-3 each fetches weights from the other processes.
+        embeddings = self.embed(row[None], visual_tokens.flatten(0, 1)[None])[0]
+        position_ids = layout.position_ids()
         if takes_block_mask(embeddings.device):
             fill = -layout.num_tokens % BLOCK
             embeddings, position_ids = F.pad(embeddings, (0, 0, 0, fill)), F.pad(position_ids, (0, fill))
@@ -603,7 +605,7 @@ def summed_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of head(hidden) [N, vocabulary] and targets [N], summed, in float32.
 
     Of more logits than LOGITS_AT_ONCE, parts are made one after another and again for their gradients, so that no more
-    are in memory.
+    are in memory; not where ZeRO-3 shards the head, which all processes must call equally often.
     """
     vocabulary = head.out_features
 
@@ -611,7 +613,7 @@ def summed_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
 
     rows = max(1, LOGITS_AT_ONCE // vocabulary)
-    if len(hidden) <= rows:
+    if len(hidden) <= rows or hasattr(head.weight, "ds_id"):
         return part(hidden, targets)
     parts = zip(hidden.split(rows), targets.split(rows), strict=True)
     return sum(checkpoint(part, some, own, use_reentrant=False) for some, own in parts)
