@@ -410,6 +410,46 @@ def pretrain(
 
 
 @command
+def plan(
+    params: Params,
+    run_name: RunName = None,
+    measured: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Folder of a run of these settings, to set the plan beside it.")
+    ] = None,
+    gpu: Annotated[str | None, typer.Option(help="H200, B200, H100 or A100, in place of this machine.")] = None,
+    num_processes: Annotated[
+        int, typer.Option(min=0, help="Of all nodes together; 0 = as many as would be started here.")
+    ] = 0,
+    scannet: Annotated[
+        bool,
+        typer.Option("--scannet", help="As many questions as ScanQA and SQA3D have, in place of the stage's files."),
+    ] = False,
+) -> None:
+    """Print what a run will take before it starts: tokens, memory, TFLOP, questions/s, hours; or also what it took."""
+    from roomplan_lib.config import load_run_config
+    from roomplan_lib.training import plan as planning
+    from roomplan_lib.training.collator import load_samples
+    from roomplan_lib.training.metrics import read_metrics
+    from roomplan_lib.training.run import make_tokenizer
+
+    config = load_run_config(params, run_name=run_name)
+    log = measured and measured / "metrics.jsonl"
+    if log and not log.is_file():
+        raise ValueError(f"{log} is missing; give --measured the folder of a run that has logged a step")
+    workload, vocab_size = planning.SCANNET_QUESTIONS, 0
+    if not scannet:
+        samples = load_samples(config.data.train_paths)
+        tokenizer = make_tokenizer(config, samples)
+        workload = planning.measure_workload(samples, tokenizer, config, num_processes)
+        vocab_size = len(tokenizer)
+    machine = planning.known_gpu(gpu) if gpu else planning.plan_machine(config, workload, vocab_size)
+    made = planning.training_plan(config, workload, machine, num_processes=num_processes, vocab_size=vocab_size)
+    print(planning.plan_table({config.run_name: made}))
+    if log:
+        print("\n" + planning.measured_table(made, read_metrics(log)))
+
+
+@command
 def consolidate(
     run: Annotated[Path, typer.Argument(help="Folder of a run, a model folder or a checkpoint.")],
     output: Annotated[Path | None, typer.Option(help="Folder to make; beside the weights when left out.")] = None,
@@ -590,6 +630,23 @@ def benchmark_prepare(
 
 
 @command(app=benchmark)
+def pictures(
+    picture: Annotated[list[Path] | None, typer.Argument(help="Files to measure; made JPEGs without any.")] = None,
+    image_size: Annotated[int, typer.Option(min=14, help="Pixels of the longest side.")] = 448,
+    rounds: Annotated[int, typer.Option(min=1, help="In each, all ways take turns.")] = 25,
+    output: Annotated[Path | None, typer.Option(help="JSON Lines file for the figures.")] = None,
+) -> None:
+    """What a picture costs on its way to the encoder, beside the reference's way, and what smaller decoding changes."""
+    from roomplan_lib.files import write_whole
+    from roomplan_lib.training.picture_benchmark import benchmark_pictures, pictures_table
+
+    rows = list(benchmark_pictures(picture or (), image_size=image_size, rounds=rounds))
+    print(pictures_table(rows))
+    if output is not None:
+        write_whole(output, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+@command(app=benchmark)
 def decoding(
     tokenizer: Annotated[
         str, typer.Option(help="A Qwen3 tokenizer, hub id or folder; the tiny size alone is measured without it.")
@@ -621,31 +678,37 @@ def benchmark_training(
     ),
     part: Annotated[
         list[str] | None,
-        typer.Option(help="loop, peers, cache, miniature, distributed, checkpoint; repeatable; default: all."),
+        typer.Option(
+            help="groups, inference, constrained, loop, peers, head, cache, miniature, distributed, checkpoint; "
+            "repeatable; default: all."
+        ),
     ] = None,
     steps: Annotated[int, typer.Option(min=10, help="Measured in each process, a multiple of 10.")] = 40,
     rounds: Annotated[int, typer.Option(min=1, help="Processes of each variant, taken in turn.")] = 3,
     threads: Annotated[int, typer.Option(min=1, help="Of each process.")] = 1,
     num_rooms: Annotated[int, typer.Option(min=5, help="Procedural rooms that are made to train on.")] = 10,
     size: Annotated[
-        list[str] | None, typer.Option(help="Of the peers' text model, e.g. vocab_size=8192; may be repeated.")
+        list[str] | None,
+        typer.Option(help="Of the text model of peers and head, e.g. vocab_size=8192; may be repeated."),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="JSON Lines file; the lines are printed as well.")] = None,
     figure: Annotated[Path | None, typer.Option(help="PNG, e.g. figures/benchmark_training.png.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, or cuda for peers and head.")] = "cpu",
     folder: Annotated[Path | None, typer.Option(help="Where rooms and runs are made and removed again.")] = None,
 ) -> None:
-    """Compare our training with the bare computation, other trainers, live features, one process, a ZeRO-3 state."""
+    """Compare our training and answering with the reference code's loop, other trainers and the bare computation."""
     from roomplan_lib.files import write_whole
     from roomplan_lib.training import benchmark as bench
+    from roomplan_lib.training.benchmark.table import benchmark_table
 
     rows, text = [], bench.parse_sizes(size or ())
     for row in bench.benchmark_training(
         params, parts=part or tuple(bench.VARIANTS), steps=steps, rounds=rounds, threads=threads, num_rooms=num_rooms,
-        text=text, folder=folder,
+        text=text, device=device, folder=folder,
     ):  # fmt: skip
         print(json.dumps(row), flush=True)
         rows.append(row)
-    print(bench.benchmark_table(rows))
+    print(benchmark_table(rows))
     if output is not None:
         write_whole(output, "".join(json.dumps(row) + "\n" for row in rows))
     if figure is not None:

@@ -35,8 +35,29 @@ class AugmentationConfig:
 @dataclass(frozen=True)
 class FeaturesConfig:
     folder: str = ""  # cache of the frozen encoder's outputs; data/... as in train_files; "" = encode in every step
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # in which the cache keeps them
+    # In which the cache keeps them. int8 loses: one float32 scale per token, half the bytes of bfloat16.
+    dtype: Literal["bfloat16", "float32", "int8"] = "bfloat16"
     on_missing: Literal["compute", "error"] = "compute"  # a view set that the cache lacks, or holds stale or damaged
+    pool: Literal[1, 2] = 1  # 2 loses: the mean of 2x2 patch tokens in place of four, a quarter of the bytes
+    # Where training keeps features once they are read, so that later epochs read no file: memory of the host (pinned
+    # beside a GPU), or of the device that trains.
+    resident: Literal["none", "host", "device"] = "none"
+
+    def __post_init__(self) -> None:
+        for name, chosen in (
+            ("dtype", self.dtype == "int8"),
+            ("pool", self.pool > 1),
+            ("resident", self.resident != "none"),
+        ):
+            if chosen and not self.folder:
+                raise ValueError(
+                    f"data.features.{name}: {getattr(self, name)} is for features that lie in a folder; name one in "
+                    f"data.features.folder, or set {name} to {getattr(FeaturesConfig, name)}"
+                )
+
+    @property
+    def is_lossy(self) -> bool:
+        return self.dtype == "int8" or self.pool > 1
 
 
 @dataclass(frozen=True)
@@ -160,8 +181,9 @@ class TrainingConfig:
     # Run name, run folder, model folder or checkpoint whose trained weights this run starts from; "" = none.
     start_from: str = ""
     max_steps: int = 600  # optimizer steps
-    micro_batch_size: int = 48  # samples per process and forward pass
-    group_size: int = 12  # samples of one view set that share one encoding; micro_batch_size is a multiple of it
+    micro_batch_size: int = 64  # samples per process and forward pass
+    # Samples of one view set that share its encoding and their prefix; micro_batch_size is a multiple of it.
+    group_size: int = 8
     gradient_accumulation_steps: int = 1
     learning_rate: float = 1.0e-3  # language model or its LoRA
     resampler_learning_rate: float = 1.0e-3  # resampler, geometry tokens, positions
@@ -172,7 +194,11 @@ class TrainingConfig:
     max_grad_norm: float = 1.0  # a longer gradient is scaled down to it, 0 = never
     explosion_factor: float = 20.0  # a loss above so many times the median of the last 50 stops the run, 0 = never
     bf16: bool = False
-    gradient_checkpointing: bool = False  # compute layers again in the backward pass: less memory, more time
+    # The layers of language model and resampler; auto = on a GPU with strategy ddp. It takes minutes before step one.
+    compile: Literal["auto", "always", "never"] = "auto"
+    # Layers forget their activations and are computed again in the backward pass: less memory, more time.
+    # auto = where the plan of the run (training/plan.py) does not fit into the free memory without.
+    gradient_checkpointing: Literal["auto", "always", "never"] = "auto"
     log_every_steps: int = 10
     eval_every_steps: int = 100  # 0 = never
     num_eval_samples: int = 256  # of the held-out samples, for the validation loss
@@ -398,7 +424,10 @@ def _load(kind: type[T], path: str | Path, overrides: dict[str, Any]) -> T:
         raise ValueError(f"{path}: cannot read the settings: {error}") from None
     if not isinstance(data or {}, dict):
         raise ValueError(f"{path}: expected a mapping of settings, got {type(data).__name__}")
-    return parse(kind, {**(data or {}), **{k: v for k, v in overrides.items() if v is not None}})
+    try:
+        return parse(kind, {**(data or {}), **{k: v for k, v in overrides.items() if v is not None}})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def run_config_from_notebook(namespace: dict[str, Any]) -> RunConfig:
@@ -440,7 +469,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return None if value is None else _convert(next(a for a in args if a is not type(None)), value, path)
     if origin is Literal:
         if value not in args or isinstance(value, bool):  # True == 1
-            raise ValueError(f"{path}: expected one of {', '.join(map(str, args))}, got {value!r}")
+            advice = f"; write {'always' if value else 'never'}" if isinstance(value, bool) and "never" in args else ""
+            raise ValueError(f"{path}: expected one of {', '.join(map(str, args))}, got {value!r}{advice}")
         return value
     if dataclasses.is_dataclass(hint):
         return parse(hint, value, path)

@@ -83,8 +83,17 @@ def available_memory() -> int:
 
 def peak_memory() -> int:
     """Bytes that this program has held at most. (getrusage would count what its parent held when it was started.)"""
+    return _own_memory("VmHWM")
+
+
+def held_memory() -> int:
+    """Bytes that this program holds now."""
+    return _own_memory("VmRSS")
+
+
+def _own_memory(field: str) -> int:
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) * 1024
+    return int(status[field].split()[0]) * 1024
 
 
 def free_port() -> int:

@@ -29,12 +29,12 @@ from roomplan_lib.actions.decoding import (
     GrammarProcessor,
     allowed_tokens,
     confidences,
-    generate_constrained,
     refuse_excluded,
 )
 from roomplan_lib.actions.grammar import ActionGrammar, grammar, json_schema
 from roomplan_lib.benchmark import SIZES, TASKS, forward_seconds
 from roomplan_lib.cli import app
+from roomplan_lib.model.generation import Prompt, generate_texts
 from roomplan_lib.scenes import CATEGORIES
 from roomplan_lib.training.collator import load_samples
 from roomplan_lib.training.run import make_collator, make_model, make_tokenizer
@@ -138,8 +138,8 @@ def test_a_thousand_generations_parse_fit_the_schema_and_end(engines, tokenizer,
     for batch in range(num_batches):
         tasks = [task_of_row(batch * batch_size + i) for i in range(batch_size)]
         embeddings, mask = prompts(batch_size, seed=batch)
-        generation = generate_constrained(
-            model, embeddings, mask, engine, [grammar(engine.grammar_kind, **task) for task in tasks],
+        generation = generate_texts(
+            model, Prompt(embeddings, mask), engine, [grammar(engine.grammar_kind, **task) for task in tasks],
             max_new_tokens=1500, do_sample=True, temperature=[0.7, 1.0, 2.0][batch % 3],
             generator=torch.Generator().manual_seed(batch),
         )  # fmt: skip
@@ -250,10 +250,10 @@ def written_out(model, embeddings, mask, tokenizer, grammars, max_new_tokens):
 
 @torch.no_grad()
 def test_jumping_changes_nothing_but_the_number_of_forward_passes(engines, tokenizer, monkeypatch):
-    monkeypatch.setattr(decoding, "_SCORED", 4)  # tokens are scored in several parts
+    monkeypatch.setattr("roomplan_lib.model.generation._SCORED", 4)  # tokens are scored in several parts
     engine = engines("llguidance")
     model, (embeddings, mask), grammars = language_model(), prompts(len(MIXED)), mixed_grammars(engine)
-    jumping = generate_constrained(model, embeddings, mask, engine, grammars, max_new_tokens=150)
+    jumping = generate_texts(model, Prompt(embeddings, mask), engine, grammars, max_new_tokens=150)
     expected = written_out(model, embeddings, mask, tokenizer, grammars, 150)
     for i, (ids, log_probs, forced, preferred) in enumerate(expected):
         count = jumping.num_tokens[i]
@@ -272,8 +272,8 @@ def test_plain_steps_and_transformers_generate_write_the_same(engines, tokenizer
     model, (embeddings, mask), grammars = language_model(seed=1), prompts(len(MIXED)), mixed_grammars(engine)
     constrained = [0, 1, 2, 3, 5]  # the free row never ends
     grammars, embeddings, mask = [grammars[i] for i in constrained], embeddings[constrained], mask[constrained]
-    jumping = generate_constrained(model, embeddings, mask, engine, grammars, max_new_tokens=400)
-    plain = generate_constrained(model, embeddings, mask, engine, grammars, max_new_tokens=400, jump_forward=False)
+    jumping = generate_texts(model, Prompt(embeddings, mask), engine, grammars, max_new_tokens=400)
+    plain = generate_texts(model, Prompt(embeddings, mask), engine, grammars, max_new_tokens=400, jump_forward=False)
     assert jumping.finished.all() and torch.equal(jumping.ids, plain.ids) and torch.equal(jumping.forced, plain.forced)
     torch.testing.assert_close(jumping.log_probs, plain.log_probs, atol=1e-5, rtol=0)
     assert plain.num_forward_passes == plain.num_tokens.max() > 1.3 * jumping.num_forward_passes
@@ -295,10 +295,9 @@ def test_the_assembled_model_answers_in_actions(tiny_config):
     ids, mask, scene_index = (batch.pop(key) for key in ("input_ids", "attention_mask", "scene_index"))
     engine = GrammarEngine(tokenizer, model.language_model.config.vocab_size)
     grammars = [grammar("lark", verbs=("place_anchor", "none"))] * 3 + [None] * 2
-    generation = generate_constrained(
+    generation = generate_texts(
         model.language_model,
-        model.prompt_embeddings(ids, scene_index, batch),
-        mask,
+        model.read_prompt(ids, mask, scene_index, views=batch),
         engine,
         grammars,
         max_new_tokens=160,
@@ -322,10 +321,10 @@ def test_free_rows_are_plain_generation(engines, tokenizer):
         (GrammarEngine(tokenizer, NUM_LOGITS, "none"), [text] * 4),
         (engines("llguidance"), [None] * 4),
     ):
-        generation = generate_constrained(model, embeddings, mask, engine, grammars, max_new_tokens=30)
+        generation = generate_texts(model, Prompt(embeddings, mask), engine, grammars, max_new_tokens=30)
         assert torch.equal(generation.ids, expected) and not generation.forced.any()
         assert generation.preferred.sum() == generation.num_tokens.sum()
-    mixed = generate_constrained(model, embeddings, mask, engines("llguidance"), [text, None] * 2, max_new_tokens=30)
+    mixed = generate_texts(model, Prompt(embeddings, mask), engines("llguidance"), [text, None] * 2, max_new_tokens=30)
     assert torch.equal(mixed.ids[1::2, :30], expected[1::2]) and mixed.finished.tolist()[::2] == [True, True]
 
 
@@ -356,9 +355,9 @@ def test_sampling_follows_the_model_among_what_is_allowed(engines, tokenizer):
         ({"temperature": 3.0}, (logits / 3).softmax(-1)),
         ({"top_k": 1}, torch.nn.functional.one_hot(logits.argmax(), 8).float()),
     ):
-        generation = generate_constrained(
-            model, embeddings.expand(4000, -1, -1), mask.expand(4000, -1), engine, [text] * 4000, max_new_tokens=2,
-            do_sample=True, generator=torch.Generator().manual_seed(0), **settings,
+        generation = generate_texts(
+            model, Prompt(embeddings.expand(4000, -1, -1), mask.expand(4000, -1)), engine, [text] * 4000,
+            max_new_tokens=2, do_sample=True, generator=torch.Generator().manual_seed(0), **settings,
         )  # fmt: skip
         assert generation.finished.all()
         share = torch.stack([(generation.ids[:, 0] == token).float().mean() for token in tokens])
@@ -369,10 +368,10 @@ def test_sampling_follows_the_model_among_what_is_allowed(engines, tokenizer):
 def test_a_row_that_runs_out_of_tokens_says_so(engines, tokenizer):
     engine, model, (embeddings, mask) = engines("llguidance"), language_model(), prompts(2)
     grammars = [grammar("lark", verbs=("none",)), grammar("lark", verbs=("plan_room",), max_items=20)]
-    whole = generate_constrained(model, embeddings, mask, engine, grammars)
+    whole = generate_texts(model, Prompt(embeddings, mask), engine, grammars)
     assert whole.finished.all() and parse_action(texts(whole, tokenizer)[1]).verb == "plan_room"
     for limit in range(1, int(whole.num_tokens.min()) + 1):
-        cut = generate_constrained(model, embeddings, mask, engine, grammars, max_new_tokens=limit)
+        cut = generate_texts(model, Prompt(embeddings, mask), engine, grammars, max_new_tokens=limit)
         assert torch.equal(cut.ids, whole.ids[:, :limit]) and cut.num_tokens.tolist() == [limit] * 2
         assert cut.finished.tolist() == [limit == whole.num_tokens[0], limit == whole.num_tokens[1]]
 
@@ -403,8 +402,13 @@ def test_long_lists_end_before_the_tokens_do(engines, tokenizer, engine_name, co
             (450, {"jump_forward": bool(seed % 2)}),
             (700, {"do_sample": True, "generator": torch.Generator().manual_seed(seed)}),
         ):
-            generation = generate_constrained(
-                talkative(tokenizer, seed), embeddings, mask, engine, [own] * 4, max_new_tokens=budget, **settings
+            generation = generate_texts(
+                talkative(tokenizer, seed),
+                Prompt(embeddings, mask),
+                engine,
+                [own] * 4,
+                max_new_tokens=budget,
+                **settings,
             )
             assert generation.finished.all() and (generation.num_tokens <= budget).all()
             if verbs != LISTS[2]:  # what is not a list may end at once
@@ -437,10 +441,10 @@ def test_greedy_plans_of_any_length_end_in_every_budget(engines, tokenizer, engi
         model.config.max_position_embeddings = 2048
         found = {}
         for budget in (300, 1000, None):
-            found[budget] = generate_constrained(model, embeddings, mask, engine, [own], max_new_tokens=budget)
+            found[budget] = generate_texts(model, Prompt(embeddings, mask), engine, [own], max_new_tokens=budget)
             counts = check_whole(found[budget], tokenizer, schema, "m2", budget or 2048 - embeddings.shape[1])
             assert min(counts) > {300: 0, 1000: 5, None: 11}[budget]
-        plain = generate_constrained(model, embeddings, mask, engine, [own], max_new_tokens=300, jump_forward=False)
+        plain = generate_texts(model, Prompt(embeddings, mask), engine, [own], max_new_tokens=300, jump_forward=False)
         assert torch.equal(plain.ids, found[300].ids) and torch.equal(plain.forced, found[300].forced)
         assert torch.equal(found[1000].ids[:, :796], found[None].ids[:, :796])  # 204 tokens hold a plan of one item
 
@@ -455,8 +459,8 @@ def test_a_thousand_lists_and_plans_in_small_budgets_end(engines, tokenizer, eng
         budget = own.num_tokens + (0, 1, 60, 150, 7)[batch % 5]
         model = talkative(tokenizer, batch) if batch % 2 else language_model(seed=batch)
         embeddings, mask = prompts(batch_size, seed=batch)
-        generation = generate_constrained(
-            model, embeddings, mask, engine, [own] * batch_size, max_new_tokens=budget, do_sample=True,
+        generation = generate_texts(
+            model, Prompt(embeddings, mask), engine, [own] * batch_size, max_new_tokens=budget, do_sample=True,
             temperature=1.5, generator=torch.Generator().manual_seed(batch), jump_forward=batch % 4 > 0,
         )  # fmt: skip
         schema = jsonschema.Draft202012Validator(json_schema(verbs, scene, codec=codec))
@@ -500,8 +504,8 @@ def test_too_few_tokens_for_one_item_are_refused(engines, engine_name):
     engine, model, (embeddings, mask) = engines(engine_name), language_model(), prompts(2)
     plan = ActionGrammar(engine.grammar_kind, ("plan_room",))
     with pytest.raises(ValueError, match=r"max_new_tokens: 203 may be too few for a plan.*allow at least 204"):
-        generate_constrained(model, embeddings, mask, engine, [None, plan], max_new_tokens=203)
-    generate_constrained(model, embeddings, mask, engine, [None, plan], max_new_tokens=204)
+        generate_texts(model, Prompt(embeddings, mask), engine, [None, plan], max_new_tokens=203)
+    generate_texts(model, Prompt(embeddings, mask), engine, [None, plan], max_new_tokens=204)
     other = ActionGrammar("gbnf" if engine.grammar_kind == "lark" else "lark")
     with pytest.raises(ValueError, match=f"expected a grammar of kind {engine.grammar_kind}"):
         engine.matchers([other])
@@ -572,8 +576,7 @@ def test_one_confidence_per_action_of_what_was_generated(engines, tokenizer):
     engine, model, (embeddings, mask) = engines("llguidance"), language_model(), prompts(12)
     tasks = [{"verbs": [("plan_room",), ("list",), ("place_anchor",)][i % 3], "max_items": 4} for i in range(12)]
     grammars = [grammar("lark", **task) for task in tasks]
-    generation = generate_constrained(
-        model, embeddings, mask, engine, grammars, max_new_tokens=900, do_sample=True,
+    generation = generate_texts(model, Prompt(embeddings, mask), engine, grammars, max_new_tokens=900, do_sample=True,
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     for text, found in zip(texts(generation, tokenizer), confidences(generation, tokenizer), strict=True):
@@ -590,10 +593,10 @@ def test_settings_that_exclude_a_grammar_are_refused(engines, settings):
     model.generation_config.update(**settings)
     text = grammar("lark", verbs=("none",))
     with pytest.raises(ValueError, match=f"{next(iter(settings))} is .* set it to"):
-        generate_constrained(model, embeddings, mask, engine, [text], max_new_tokens=9)
+        generate_texts(model, Prompt(embeddings, mask), engine, [text], max_new_tokens=9)
     with pytest.raises(ValueError, match=next(iter(settings))):
         GrammarProcessor(engine, [text], model.generation_config)
-    assert generate_constrained(model, embeddings, mask, engine, [None], max_new_tokens=9).num_tokens == 9
+    assert generate_texts(model, Prompt(embeddings, mask), engine, [None], max_new_tokens=9).num_tokens == 9
     refuse_excluded(language_model().generation_config)
 
 
@@ -627,7 +630,7 @@ def test_engines_refuse_what_they_cannot_do(engines, tokenizer, monkeypatch):
     with pytest.raises(ValueError, match=f"{len(tokenizer)} tokens, the model's logits only 10"):
         GrammarEngine(tokenizer, 10)
     with pytest.raises(ValueError, match="max_new_tokens: expected at least 1, got 0 behind a prompt of 6"):
-        generate_constrained(language_model(), *prompts(1), engines("llguidance"), [None], max_new_tokens=0)
+        generate_texts(language_model(), Prompt(*prompts(1)), engines("llguidance"), [None], max_new_tokens=0)
     with pytest.raises(ValueError, match="llguidance: .*unknown name"):
         engines("llguidance").matchers(["start: nothing"])
     monkeypatch.setitem(sys.modules, "xgrammar", None)
@@ -651,9 +654,9 @@ def test_holes_in_the_cache_need_full_attention(engines):
     )
     text = grammar("lark", verbs=("none",))
     with pytest.raises(ValueError, match="sliding_attention.*jump_forward=False"):
-        generate_constrained(model, embeddings, mask, engines("llguidance"), [text], max_new_tokens=40)
-    plain = generate_constrained(
-        model, embeddings, mask, engines("llguidance"), [text], max_new_tokens=40, jump_forward=False
+        generate_texts(model, Prompt(embeddings, mask), engines("llguidance"), [text], max_new_tokens=40)
+    plain = generate_texts(
+        model, Prompt(embeddings, mask), engines("llguidance"), [text], max_new_tokens=40, jump_forward=False
     )
     assert plain.finished.all()
 

@@ -26,11 +26,22 @@ from roomplan_lib.cli import app
 from roomplan_lib.config import AugmentationConfig, FeaturesConfig, PositionsConfig, ResamplerConfig, to_dict
 from roomplan_lib.evaluation.predict import predict
 from roomplan_lib.model import features as features_module
+from roomplan_lib.model import vlm as vlm_module
 from roomplan_lib.model.describe import cache_card, describe
-from roomplan_lib.model.features import FileHashes, Store, entry_bytes
+from roomplan_lib.model.features import (
+    FileHashes,
+    Residence,
+    Store,
+    entry_bytes,
+    pool_coordinates,
+    pool_patches,
+    pooled_grid,
+    unpack,
+)
 from roomplan_lib.samples import read_samples, write_samples
 from roomplan_lib.training import cache as cache_module
 from roomplan_lib.training import collator as collator_module
+from roomplan_lib.training import residence as residence_module
 from roomplan_lib.training.cache import fill_cache
 from roomplan_lib.training.collator import load_samples
 from roomplan_lib.training.metrics import read_metrics
@@ -581,6 +592,246 @@ def test_arithmetic_of_the_full_size(capsys):
     assert card["live_flops"] - card["cached_flops"] == pytest.approx(23.25e12, rel=0.01)
     describe(model, 8, 448, features=FeaturesConfig("cache"), num_view_sets=800)
     assert "33.72 MB per view set in bfloat16, 26.97 GB for 800" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------- lossy storage
+def by_hand(tokens, valid, grid):
+    """Means of the valid rows of [P, C] over squares of 2x2 patches, and which squares have any."""
+    means, known = [], []
+    for row in range(0, grid[0], 2):
+        for column in range(0, grid[1], 2):
+            square = [(r, c) for r in (row, row + 1) for c in (column, column + 1) if r < grid[0] and c < grid[1]]
+            rows = [tokens[p] for p in (r * grid[1] + c for r, c in square) if valid[p]]
+            known.append(bool(rows))
+            means.append(torch.stack(rows).mean(0) if rows else torch.zeros_like(tokens[0]))
+    return torch.stack(means), torch.tensor(known)
+
+
+@pytest.mark.parametrize("grid", [(4, 6), (3, 4), (3, 5), (1, 1)])
+def test_pooled_patches_and_their_positions_are_means_over_squares(grid):
+    torch.manual_seed(0)
+    num_patches = grid[0] * grid[1]
+    values, coordinates = torch.randn(2, num_patches, 5), torch.randn(2, num_patches, 3)
+    valid = torch.rand(2, num_patches) < 0.4
+    pooled, (positions, known) = pool_patches(values, grid, 2), pool_coordinates(coordinates, valid, grid, 2)
+    assert pooled.shape[1] == np.prod(pooled_grid(grid, 2)) == positions.shape[1]
+    for v in range(2):
+        assert torch.allclose(pooled[v], by_hand(values[v], torch.ones(num_patches, dtype=bool), grid)[0], atol=1e-6)
+        expected, has_any = by_hand(coordinates[v], valid[v], grid)
+        assert torch.equal(known[v], has_any) and torch.allclose(positions[v], expected, atol=1e-6)
+
+
+def test_int8_is_off_by_half_a_step_of_each_token(cached):
+    model, _, _ = parts_of(with_features(cached, cached.data.features.folder, "int8"))
+    tokens = torch.randn(1, 2, 7, 64) * torch.logspace(-4, 4, 7)[:, None]  # each token of another size
+    tokens[0, 1, 3] = 0
+    packed = model.features.pack(tokens, (14, 28))
+    assert packed["tokens"].dtype == torch.int8 and packed["scale"].shape == (1, 2, 7, 1)
+    assert torch.equal(packed["tokens"].abs().amax(-1)[0, 0], torch.full((7,), 127, dtype=torch.int8))
+    steps = tokens.abs().amax(-1, keepdim=True) / 127
+    assert ((unpack(packed) - tokens).abs() <= 0.501 * steps).all() and not unpack(packed)[0, 1, 3].any()
+
+
+LOSSY = [("int8", 1), ("float32", 2), ("int8", 2)]
+
+
+@pytest.mark.parametrize("dtype, pool", LOSSY)
+@pytest.mark.parametrize("source", ["depth", "vggt"])
+def test_a_lossy_cache_trains_on_what_it_holds(frozen, tmp_path, monkeypatch, dtype, pool, source):
+    """The same while it is filled and from then on; and what a live model gives whose tokens are treated by hand."""
+    positions = PositionsConfig("mlp_pe", width=16, source=source)
+    config = change(frozen, "model", positions=positions, tap_layers=(0, -1), vggt={**frozen.model.vggt, **HEADS})
+    lossy = change(config, "data", features=FeaturesConfig(str(tmp_path / "cache"), dtype, pool=pool))
+    model, collator, samples = parts_of(lossy)
+    picked = samples[:: len(samples) // 4][:4]
+    filling = loss_and_gradients(model, collator(picked))
+    monkeypatch.setattr(model.encoder.aggregator, "forward", refuse)
+    filled = loss_and_gradients(model, collator(picked))
+    assert torch.equal(filling[0], filled[0])
+    assert all(torch.equal(filling[1][name], value) for name, value in filled[1].items())
+    live, collator, _ = parts_of(config)
+    batch = collator(picked)
+    exact = loss_and_gradients(live, batch)[0]
+    grid, start = tuple(side // 14 for side in batch["pixel_values"][0].shape[-2:]), 5
+    assert grid == (3, 4)  # a row is left over
+
+    def treated(tokens):
+        if pool == 2:
+            special, patches = tokens[..., :start, :], tokens[..., start:, :]
+            whole = torch.ones(12, dtype=bool)
+            pooled = [[by_hand(patch, whole, grid)[0] for patch in one] for one in patches]
+            tokens = torch.cat([special, torch.stack([torch.stack(one) for one in pooled])], dim=2)
+        if dtype == "int8":
+            scale = tokens.abs().amax(-1, keepdim=True) / 127
+            tokens = (tokens / scale).round() * scale
+        return tokens
+
+    def by_pools(module, args):
+        coordinates, valid = caught.pop(0)
+        if pool == 2:
+            shape, pairs = coordinates.shape[:2], zip(coordinates.flatten(0, 1), valid.flatten(0, 1), strict=True)
+            means = [by_hand(points, known, grid) for points, known in pairs]
+            coordinates, valid = (torch.stack(part).unflatten(0, shape) for part in zip(*means, strict=True))
+        encoded = encode_positions(live.positions, live.settings.positions, coordinates, valid)
+        new_grid = tuple(-(-n // pool) for n in grid)
+        return ([treated(tap) for tap in args[0]], args[1], new_grid, encoded, *args[4:])
+
+    caught = []
+    encode_positions = vlm_module.encode_positions
+
+    def catch(module, settings, coordinates, valid):
+        caught.append((coordinates, valid))
+        return encode_positions(module, settings, coordinates, valid)
+
+    monkeypatch.setattr(vlm_module, "encode_positions", catch)
+    live.resampler.register_forward_pre_hook(by_pools)
+    expected = loss_and_gradients(live, batch)[0]
+    assert torch.allclose(filled[0], expected, rtol=1e-5) and abs(exact - expected) > 1e-6
+
+
+@pytest.mark.parametrize("dtype, pool", LOSSY)
+def test_the_command_says_what_lossy_storage_takes_and_loses(copied, tmp_path, dtype, pool):
+    config, _ = copied
+    exact = with_features(config, config.data.features.folder)
+    fill_cache(exact)
+    (model, collator, samples), sets = parts_of(exact), {}
+    for sample in samples:
+        sets[sample.view_key] = collator.view_set(sample).features["tokens"]
+    lossy = change(config, "data", features=FeaturesConfig(str(tmp_path / "lossy"), dtype, pool=pool))
+    result = CliRunner().invoke(app, ["cache", stage_file(lossy, tmp_path / "stage.yaml")])
+    form = f"{dtype}{', pooled 2x2' if pool == 2 else ''} (lossy)"
+    assert result.exit_code == 0 and f"2 to compute in {form}: up to " in result.output
+    _, collator, _ = parts_of(lossy)
+    error = total = 0.0
+    for sample in samples:
+        if sample.view_key in sets:
+            tokens, stored = sets.pop(sample.view_key), collator.view_set(sample).features
+            held = sum(stored[name].nbytes for name in ("tokens", "scale") if name in stored)
+            assert entry_bytes(model.encoder, 1, 6, (56, 42), dtype, (), pool) == held < tokens.nbytes
+            stored = stored["tokens"] * stored.get("scale", 1.0)
+            for v in range(6):
+                for p in range(12):  # 3 rows of 4 patches behind 5 special tokens
+                    at = 5 + (p // 4 // 2 * 2 + p % 4 // 2 if pool == 2 else p)
+                    error += (stored[0, v, at] - tokens[0, v, 5 + p]).square().sum().item()
+            error += (stored[0, :, :5] - tokens[0, :, :5]).square().sum().item()
+            total += tokens.square().sum().item()
+    said = f"{form}: the stored features are {(error / total) ** 0.5:.2%} off the exact ones"
+    assert said in result.output and "of 2 view sets" in result.output and error > 0
+
+
+def test_settings_that_need_a_cache_are_refused_without_one(cached):
+    for settings in ({"dtype": "int8"}, {"pool": 2}, {"resident": "host"}):
+        ((name, value),) = settings.items()
+        with pytest.raises(ValueError, match=rf"features.{name}: {value} is for features.*set {name} to (none|1|bf)"):
+            FeaturesConfig(**settings)
+    config = change(cached, "model", positions=PositionsConfig("mlp_pe", n_points=5))
+    with pytest.raises(ValueError, match=r"n_points is 5; set it to 1, or pool to 1"):
+        parts_of(change(config, "data", features=FeaturesConfig("cache", pool=2)))
+
+
+def test_a_run_keeps_the_form_of_its_features(cached):
+    cached = change(cached, "training", max_steps=1)
+    train(cached)
+    for settings in ({"dtype": "int8"}, {"pool": 2}):
+        (name,) = settings
+        other = change(cached, "data", features=dataclasses.replace(cached.data.features, **settings))
+        with pytest.raises(ValueError, match=rf"run of other settings \(data.features.{name}"):
+            train(other)
+    train(change(cached, "data", features=dataclasses.replace(cached.data.features, resident="host")))
+
+
+# ---------------------------------------------------------------------------- resident
+def resident(config, where, **data):
+    return change(config, "data", features=dataclasses.replace(config.data.features, resident=where), **data)
+
+
+def curve_of(config, on_log=None):
+    run = train(config, on_log)
+    metrics = [{k: e[k] for k in ("loss", "eval_loss") if k in e} for e in read_metrics(run / "metrics.jsonl")]
+    return metrics, load_file(run / "model" / "model.safetensors")
+
+
+@pytest.fixture
+def mixed(cached, sample_files, tmp_path):
+    """A short cached run over several epochs, with hidden views and with sets of different numbers of views."""
+    records = read_samples(sample_files["anchors_train"])
+    scenes = list(dict.fromkeys(record["scene_id"] for record in records))[:3]
+    records = [record for record in records if record["scene_id"] in scenes]
+    for record in records:
+        if record["scene_id"] == scenes[0]:
+            for key in ("images", "depths", "view_ids", "quarter_turns"):
+                record.update({key: record[key][:4]} if record.get(key) else {})
+            record["geom_token"] = {key: values[:4] for key, values in record["geom_token"].items()}
+    root = load_samples([sample_files["anchors_train"]])[0].root
+    write_samples(tmp_path / "mixed.jsonl", records, {"root": root})
+    config = change(cached, "data", train_files=(str(tmp_path / "mixed.jsonl"),), view_dropout=0.4)
+    return change(config, "training", max_steps=6, eval_every_steps=3, num_eval_samples=2, save_every_steps=6)
+
+
+@pytest.mark.parametrize(
+    "where, num_workers",
+    [
+        ("host", 0),
+        ("device", 2),
+        pytest.param("device", 0, marks=pytest.mark.slow),
+        pytest.param("host", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_on_resident_features_repeats_the_run_on_files(mixed, where, num_workers, capsys):
+    """Also where the cache is filled as it goes; what is held is read no more, so its files may go."""
+    expected, weights = curve_of(mixed)
+    num_sets = len(files_of(mixed))
+    assert len({file.stat().st_size // 1000 for file in files_of(mixed)}) == 2  # sets of different sizes
+    gone = []
+
+    def remove(entry):
+        if "eval_loss" in entry and not gone:  # by now, all sets were seen
+            gone.extend(files_of(mixed))
+            for file in gone:
+                file.unlink()
+
+    config = with_features(mixed, mixed.data.features.folder, on_missing="error")
+    config = resident(dataclasses.replace(config, run_name="resident"), where, num_workers=num_workers)
+    found, held = curve_of(config, remove)
+    assert found == expected and len(gone) == num_sets
+    assert all(torch.equal(held[name], value) for name, value in weights.items())
+    printed = capsys.readouterr().out
+    assert f"data.features.resident {where}: {num_sets} view sets take 0.000" in printed and "GB are free" in printed
+    filling = resident(dataclasses.replace(mixed, run_name="filling"), where, num_workers=num_workers)
+    assert curve_of(filling)[0] == expected and len(files_of(mixed)) == num_sets
+
+
+def test_files_of_resident_features_are_read_once(mixed, monkeypatch):
+    fill_cache(mixed)
+    reads = []
+    load = Store._load
+    monkeypatch.setattr(Store, "_load", lambda self, path, *a, **k: reads.append(path) or load(self, path, *a, **k))
+    curve_of(resident(mixed, "host", cache_scenes=0))
+    features = [path for path in reads if path.parent.name.startswith("features")]
+    # The samples that say how large the run is are read before anything can stay.
+    before = len({s.view_key for s in load_samples(mixed.data.train_paths)[:16]}) + 1
+    assert len(set(features)) == 4 and len(features) <= 4 + before
+
+
+def test_what_is_held_does_not_change_with_its_file(mixed):
+    fill_cache(mixed)
+    model, collator, samples = parts_of(mixed)
+    collator.hold(Residence(False, [sample.view_key for sample in samples]))
+    expected = loss_and_gradients(model, collator(samples[:2]))[0]
+    for file in files_of(mixed):
+        file.write_bytes(bytes(file.stat().st_size))  # over what is mapped
+    batch = collator(samples[:2])
+    assert set(batch["features"][0]) == {"number", "sizes"} and batch["pixel_values"] == [None]
+    assert torch.equal(loss_and_gradients(model, batch)[0], expected)
+
+
+def test_features_that_do_not_fit_are_refused_before_the_run(mixed, monkeypatch):
+    monkeypatch.setattr(residence_module, "available_memory", lambda: 100_000)
+    with pytest.raises(
+        ValueError, match=r"host: 4 view sets take 0.000287 GB and 9e-05 GB of the host's memory may be"
+    ):
+        train(resident(mixed, "host"))
+    assert not list(mixed.run_dir.glob("checkpoints/*"))
 
 
 # ---------------------------------------------------------------------------- hidden views

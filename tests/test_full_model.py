@@ -58,6 +58,7 @@ from roomplan_lib.config import (
     to_dict,
 )
 from roomplan_lib.evaluation.predict import predict_run
+from roomplan_lib.model.attention import OF_TEXT
 from roomplan_lib.model.checkpoint_import import checkpoint_files, import_checkpoint
 from roomplan_lib.model.describe import (
     aggregator_flops,
@@ -164,7 +165,7 @@ def logits_of(model, batch):
 
 
 def split(batch):
-    views = {k: v for k, v in batch.items() if k not in ("input_ids", "attention_mask", "labels", "scene_index")}
+    views = {k: v for k, v in batch.items() if k not in OF_TEXT}
     return batch["input_ids"], batch["attention_mask"], batch["scene_index"], views
 
 

@@ -19,7 +19,7 @@ ALLOWED = {
     "scenes": {"geometry", "files"},
     "actions": {"geometry", "scenes"},
     "samples": {"geometry", "files", "scenes", "actions"},
-    "model": {"config", "files", "geometry"},
+    "model": {"config", "files", "geometry", "actions"},
     "training": {"config", "files", "geometry", "scenes", "actions", "samples", "model", "system"},
     "evaluation": {"config", "files", "geometry", "scenes", "actions", "samples", "model", "training"},
     "viz": {"config", "geometry", "files", "scenes", "actions", "samples", "evaluation"},

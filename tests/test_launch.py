@@ -373,7 +373,7 @@ def test_probe_proposes_what_fits_and_training_uses_it(tiny_config, monkeypatch,
     monkeypatch.setattr(memory, "available_memory", lambda: limit / memory.USABLE)
     run_dir = launch(config, safe=True)
     used = yaml.safe_load((run_dir / "run.yaml").read_text())["training"]
-    assert used["micro_batch_size"] in (8, 16) and not used["gradient_checkpointing"]
+    assert used["micro_batch_size"] in (8, 16) and used["gradient_checkpointing"] == "never"
     assert used["micro_batch_size"] * used["gradient_accumulation_steps"] == 64
     assert losses(run_dir).keys() == {1}
     assert "global batch 64 samples = micro-batch " + str(used["micro_batch_size"]) in capfd.readouterr().out
@@ -396,12 +396,12 @@ def test_gradient_checkpointing_is_tried_before_giving_up(tiny_config, monkeypat
 
     def measure(tried, sizes, limit):
         asked.append(tried.training.gradient_checkpointing)
-        peak = 100 if tried.training.gradient_checkpointing else 200
+        peak = 100 if tried.training.gradient_checkpointing == "always" else 200
         return [memory.Measurement(sizes[0], peak, limit, 1.0)]
 
     monkeypatch.setattr(memory, "measure", measure)
     fitted = memory.fit_memory(config, limit=150)
-    assert asked == [False, True] and fitted.training.gradient_checkpointing
+    assert asked == ["never", "always"] and fitted.training.gradient_checkpointing == "always"
     with pytest.raises(ValueError, match="one group of training.group_size 4 samples takes .* zero3"):
         memory.fit_memory(config, limit=50)
 

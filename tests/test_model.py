@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from roomplan_lib.config import DataConfig, GeometryConfig, LoraSettings, ResamplerConfig
+from roomplan_lib.model.attention import OF_TEXT
 from roomplan_lib.model.geometry_tokens import RECORD_WIDTH, GeometryEncoder
 from roomplan_lib.model.resampler import PerceiverResampler
 from roomplan_lib.model.vlm import RoomPlanVLM, build_model, parameter_table
@@ -46,7 +47,7 @@ def mixed(samples, count=8):
 
 
 def prompt_inputs(batch):
-    views = {k: v for k, v in batch.items() if k not in ("input_ids", "attention_mask", "scene_index", "labels")}
+    views = {k: v for k, v in batch.items() if k not in OF_TEXT}
     return batch["input_ids"], batch["attention_mask"], batch["scene_index"], views
 
 

@@ -113,7 +113,7 @@ def test_a_run_from_plan_to_anchors(micro_params, tmp_path):
     assert len(text) < MOST_BYTES
     outputs = [output for cell in json.loads(text)["cells"] for output in cell.get("outputs", [])]
     told = "".join("".join(output.get("data", {}).get("text/markdown", "")) for output in outputs)
-    assert "| micro | stage2_3d |" in told and "H200-hours" in told  # the plan
+    assert "| micro | stage2_3d |" in told and "GPU-hours" in told  # the plan
     assert re.search(r"asked *\| true *\| predicted", told)  # the samples after
     training = next(c for c in json.loads(text)["cells"] if "launch(config" in "".join(c["source"]))
     drawn = [output for output in training["outputs"] if "image/png" in output.get("data", {})]

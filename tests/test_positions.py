@@ -566,7 +566,7 @@ def test_gradient_checkpointing_is_a_setting_that_changes_no_number(tiny_config)
     batch = collator(samples[::40][:6])
     results = []
     for part, checkpointing in ((model, False), (other, True)):
-        config = change(tiny_config, "training", gradient_checkpointing=checkpointing)
+        config = change(tiny_config, "training", gradient_checkpointing="always" if checkpointing else "never")
         RoomPlanTrainer(config, part, collator, samples, [])
         assert part.is_gradient_checkpointing == checkpointing
         assert part.encoder.aggregator.config.gradient_checkpointing == checkpointing

@@ -212,6 +212,22 @@ def cached(config):
     return sorted((folder.name, path.name, path.stat().st_size) for path in folder.rglob("*.safetensors"))
 
 
+def held(config):
+    """View sets whose features are in memory after a run."""
+    seen = []
+    step = trainer_module.RoomPlanTrainer.train
+
+    def look(self, *args, **kwargs):
+        step(self, *args, **kwargs)
+        residence = self.collator.features.residence
+        seen.append(residence and (residence.on_device, len(residence.held)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module.RoomPlanTrainer, "train", look)
+        train(config)
+    return seen
+
+
 def loaders(config):
     """Loader processes that a run asks for."""
     asked = []
@@ -240,6 +256,15 @@ def recomputing(config):
         patch.setattr(trainer_module.RoomPlanTrainer, "train", look)
         train(config)
     return seen
+
+
+def compiling(config):
+    """Kinds of the layers that are to be compiled, which takes too long here."""
+    kinds = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.Module, "compile", lambda self: kinds.append(type(self).__name__))
+        train(config)
+    return kinds
 
 
 def processes(config):
@@ -314,6 +339,8 @@ CHANGES = {
     "data.features.folder": Change("{tmp}/other", cached, CACHED | ONE_STEP),
     "data.features.dtype": Change("float32", cached, CACHED | ONE_STEP),
     "data.features.on_missing": Change("error", cached, CACHED | ONE_STEP),
+    "data.features.pool": Change(2, cached, CACHED | ONE_STEP),
+    "data.features.resident": Change("host", held, CACHED | ONE_STEP),
     "data.view_dropout": Change(0.9, partial(batched, draw=3)),
     "data.num_workers": Change(1, loaders, ONE_STEP),
     "data.augmentation.yaw_deg": Change(90.0, partial(batched, draw=3)),
@@ -365,7 +392,8 @@ CHANGES = {
     "training.max_grad_norm": Change(1e-3, trained),
     "training.explosion_factor": Change(0.5, trained),
     "training.bf16": Change(True, trained),
-    "training.gradient_checkpointing": Change(True, recomputing, ONE_STEP),
+    "training.compile": Change("always", compiling, ONE_STEP),
+    "training.gradient_checkpointing": Change("always", recomputing, ONE_STEP),
     "training.log_every_steps": Change(3, trained, {"training.max_steps": 4}),
     "training.eval_every_steps": Change(1, trained),
     "training.num_eval_samples": Change(3, trained),

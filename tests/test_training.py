@@ -125,7 +125,11 @@ def test_a_device_that_is_not_there_is_an_error(tiny_config):
 
 # ---------------------------------------------------------------------------- order of samples
 def fake_samples(sizes, tmp_path):
-    return [Sample({"images": [f"{scene}.png"]}, tmp_path) for scene, size in enumerate(sizes) for _ in range(size)]
+    return [
+        Sample({"images": [f"{scene}.png"], "scene_id": str(scene)}, tmp_path)
+        for scene, size in enumerate(sizes)
+        for _ in range(size)
+    ]
 
 
 def test_sampler_groups_by_views_and_covers_every_sample(tmp_path):
@@ -134,8 +138,8 @@ def test_sampler_groups_by_views_and_covers_every_sample(tmp_path):
     assert len(order) == 40
     groups = 2 + 1 + 3 + 1  # groups in one pass
     flat = [i for batch in order for i, _ in batch]
-    first = flat[: len(samples)]
-    assert sorted(first) == list(range(len(samples)))  # one pass sees everything once
+    counts = np.bincount(flat)
+    assert len(counts) == len(samples) and np.ptp(counts) <= 2  # a group that waits for a step is in the next pass
     for batch in order:
         drawn = [(samples[i].view_key, draw) for i, draw in batch]
         runs = 1 + sum(a != b for a, b in zip(drawn, drawn[1:], strict=False))
@@ -145,6 +149,28 @@ def test_sampler_groups_by_views_and_covers_every_sample(tmp_path):
     other = list(GroupedBatchSampler(samples, micro_batch_size=8, group_size=4, num_steps=40, seed=1))
     assert again == order and other != order
     assert order[:groups] != order[groups : 2 * groups]
+
+
+def test_a_step_mixes_eight_scenes_and_cuts_by_length(tmp_path):
+    """Twelve scenes, one of them with a third of all questions; steps of ten groups in five micro-batches."""
+    samples = [
+        Sample({"images": [str(scene)], "scene_id": str(scene), "question": "?" * (5 + 3 * scene)}, tmp_path)
+        for scene, size in enumerate([66] + [12] * 11)
+        for _ in range(size)
+    ]
+    options = {"micro_batch_size": 6, "group_size": 3, "num_steps": 40, "seed": 0, "accumulation": 5}
+    sampler = GroupedBatchSampler(samples, **options)
+    batches = list(sampler)
+    for number, drawn in enumerate(sampler.steps()):
+        scenes = [samples[members[0]].record["scene_id"] for members, _ in drawn]
+        assert len(drawn) == 10 and len(set(scenes)) >= 8
+        lengths = [sum(len(samples[i].record["question"]) for i, _ in b) for b in batches[5 * number : 5 * number + 5]]
+        assert lengths == sorted(lengths)
+        step = sorted(i for batch in batches[5 * number : 5 * number + 5] for i, _ in batch)
+        assert step == sorted(int(i) for members, _ in drawn for i in members)
+    assert list(GroupedBatchSampler(samples, start_step=23, **options)) == batches[23 * 5 :]
+    counts = np.bincount([i for batch in batches for i, _ in batch], minlength=len(samples))
+    assert counts.min() >= 5 and counts.max() <= 7  # 1,200 draws of 198 samples
 
 
 def test_sources_are_drawn_by_their_shares(tmp_path):

@@ -1,8 +1,8 @@
 """Constrained decoding: a language model writes nothing but texts of a grammar, and what has no choice is not asked.
 
 A `GrammarEngine` wraps a tokenizer once; it gives each row of a batch its own place in its own grammar, and these go
-to `generate_constrained` (the whole generation, forced tokens without forward passes of their own) or into a
-`GrammarProcessor` (for `generate` of transformers, one forward pass a token). This module imports torch; the rest of
+to `model.generation.generate_texts` (the whole generation, forced tokens without forward passes of their own) or into
+a `GrammarProcessor` (for `generate` of transformers, one forward pass a token). This module imports torch; the rest of
 `roomplan_lib.actions` does not.
 """
 
@@ -11,22 +11,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import llguidance
 import llguidance.hf
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
-    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
-    LogitsProcessorList,
     PreTrainedTokenizerBase,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 
 from roomplan_lib.actions.grammar import ActionGrammar
@@ -48,7 +43,6 @@ _JSON_PART = re.compile(
     r'"(?P<key>[^"\\]*)":|(?P<open>[\[{])|(?P<close>[\]}])|"(?P<string>[^"\\]*)"|(?P<number>-?\d[\d.]*)'
 )
 _KEPT = 256  # compiled grammars; scenes or categories that are bound per sample make many
-_SCORED = 64  # tokens whose logits are made float32 at once: 39 MB for Qwen3's
 
 
 class GrammarEngine:
@@ -196,8 +190,7 @@ class Generation:
 
     ids: int64, padded behind the end; log_probs: float32, natural log-probability of each token under the model alone
     (no grammar, temperature 1); forced: bool, tokens that the grammar left no choice about; preferred: bool, tokens
-    that the model alone rates highest, so that a finished row whose tokens are all preferred is what greedy decoding
-    writes without a grammar too. Padding has 0 and False.
+    that the model alone rates highest. Padding has 0 and False.
     num_tokens: [B], without padding; finished: [B] bool, false for rows that ran out of tokens;
     num_forward_passes: of the language model, the prompt's included.
     """
@@ -210,206 +203,11 @@ class Generation:
     finished: Tensor
     num_forward_passes: int
 
-
-@torch.no_grad()
-def generate_constrained(
-    language_model: nn.Module,
-    inputs_embeds: Tensor,
-    attention_mask: Tensor,
-    engine: GrammarEngine,
-    grammars: Sequence[Grammar | None],
-    *,
-    max_new_tokens: int | None = None,
-    jump_forward: bool = True,
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    generator: torch.Generator | None = None,
-) -> Generation:
-    """Texts of each row's grammar after prompts padded on the left; a row without a grammar (None) is free.
-
-    language_model: a causal language model of transformers; inputs_embeds [B, T, D], attention_mask [B, T]: for a
-    RoomPlanVLM its `language_model` and `prompt_embeddings(...)`; engine and grammars [B]: see `GrammarEngine`.
-    jump_forward: a row's forced tokens pass through the language model together with the token before them. Rows jump
-    by different lengths, so the cache has holes, which are masked; positions are counted without them. Without it
-    there is one forward pass a token, and the same result.
-    max_new_tokens: None for all that the model has positions for. A row with a `ActionGrammar` always ends: once no
-    more tokens are left than one item may take, its plan or list begins no further one. A row whose grammar is a text
-    ends where it is complete, or unfinished where its tokens are used up.
-    do_sample, temperature, top_k (0: all), top_p: as in transformers, on what the grammar allows.
-    Raises ValueError when the model's generation_config holds a setting that a grammar excludes, when max_new_tokens
-    cannot hold one item of a `ActionGrammar`, or for jump_forward with layers of other than full attention, where
-    holes would count.
-    """
-    matchers = engine.matchers(grammars)
-    constrained = any(matcher is not None for matcher in matchers)
-    if constrained:
-        refuse_excluded(language_model.generation_config)
-    kinds = set(getattr(language_model.config, "layer_types", None) or ()) - {"full_attention"}
-    if jump_forward and kinds:
-        raise ValueError(f"the language model has layers of {sorted(kinds)}; generate with jump_forward=False")
-    if max_new_tokens is None:
-        max_new_tokens = language_model.config.max_position_embeddings - inputs_embeds.shape[1]
-    if max_new_tokens < 1:
-        prompt = f"behind a prompt of {inputs_embeds.shape[1]} tokens"
-        raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens} {prompt}")
-    rows = [_Row(i, matcher, _bounded(grammars[i], matcher)) for i, matcher in enumerate(matchers)]
-    for bounded in {row.bounded for row in rows} - {None}:
-        bounded.require(max_new_tokens)
-    warpers = LogitsProcessorList()
-    if do_sample:
-        warpers += [TemperatureLogitsWarper(temperature)] if temperature != 1 else []
-        warpers += [TopKLogitsWarper(top_k)] if top_k else []
-        warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
-
-    eos_token_id, pad_token_id = engine.tokenizer.eos_token_id, engine.tokenizer.pad_token_id
-    device = inputs_embeds.device
-    active = rows
-    positions = attention_mask.sum(1, keepdim=True)  # of each row's next token
-    cache = DynamicCache(config=language_model.config)
-    num_forward_passes = 0
-    while active:
-        # One forward pass over each row's chosen token and the forced ones behind it.
-        if jump_forward:
-            for row in active:
-                row.jump(engine, max_new_tokens)
-        width, longest = max(len(row.fed) for row in rows), max(len(row.jumped) for row in rows)
-        ids = torch.tensor([row.fed + [pad_token_id] * (width - len(row.fed)) for row in rows]).long().to(device)
-        lengths = torch.tensor([[len(row.fed)] for row in rows]).to(device)
-        steps = torch.arange(width, device=device)
-        attention_mask = torch.cat([attention_mask, (steps < lengths).to(attention_mask)], 1)
-        if num_forward_passes == 0:
-            new = language_model.get_input_embeddings()(ids).to(inputs_embeds)
-            inputs = {"inputs_embeds": torch.cat([inputs_embeds, new], 1)}
-            inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
-        else:
-            inputs = {"input_ids": ids, "position_ids": positions + steps}
-        logits = language_model(
-            **inputs,
-            attention_mask=attention_mask,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=longest + 1,
-        ).logits  # [B, longest + 1, num_logits]; column j follows a row's chosen token and j of its forced ones
-        positions = positions + lengths
-        num_forward_passes += 1
-        jumped = [(row, column, token) for row in rows for column, token in enumerate(row.jumped)]
-        _write(jumped, logits, [True] * len(jumped))
-
-        # One chosen token for each row that has room for it.
-        columns = [len(row.jumped) for row in rows]
-        for row in rows:
-            row.fed, row.jumped = [], []
-        active = [row for row in active if len(row.ids) < max_new_tokens]
-        if not active:
-            break
-        scores = logits[[row.index for row in active], [columns[row.index] for row in active]].float()
-        forced = [False] * len(active)
-        if constrained:
-            for row in active:
-                row.room(engine, max_new_tokens)
-            allowed = allowed_tokens([row.matcher for row in active], scores.shape[-1], device)
-            forced = (allowed.sum(1) == 1).tolist()
-            scores = scores.masked_fill(~allowed, -math.inf)
-        if do_sample:
-            probabilities = warpers(None, scores).softmax(-1)
-            tokens = torch.multinomial(probabilities, 1, generator=generator)[:, 0].tolist()
-        else:
-            tokens = scores.argmax(-1).tolist()
-        chosen = [(row, columns[row.index], token) for row, token in zip(active, tokens, strict=True)]
-        _write(chosen, logits, forced)
-        for row, _, token in chosen:
-            row.finished = token == eos_token_id
-            if row.matcher is not None:
-                row.matcher.accept(token)
-            if not row.finished and len(row.ids) < max_new_tokens:
-                row.fed = [token]
-        active = [row for row in active if row.fed]
-    return _collect(rows, pad_token_id, num_forward_passes)
-
-
-@dataclass(eq=False)
-class _Row:
-    """A row in the making. fed: tokens of its next forward pass, the last ones of them `jumped`, that is forced.
-
-    bounded: the row's grammar, until no further item may begin; None for a text or no grammar.
-    """
-
-    index: int
-    matcher: Matcher | None
-    bounded: ActionGrammar | None
-    fed: list[int] = field(default_factory=list)
-    jumped: list[int] = field(default_factory=list)
-    ids: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
-    forced: list[bool] = field(default_factory=list)
-    preferred: list[bool] = field(default_factory=list)
-    finished: bool = False
-
-    def room(self, engine: GrammarEngine, max_new_tokens: int) -> int:
-        """How many tokens may follow until this is to be asked again; before the last ones, no further item may begin.
-
-        It depends on the tokens alone, so that with and without jumps a grammar is shortened at the same place.
-        """
-        left = max_new_tokens - len(self.ids) - len(self.jumped)
-        if self.bounded is None:
-            return left
-        if left > self.bounded.num_tokens:
-            return left - self.bounded.num_tokens
-        self.matcher = engine.shorter(self.bounded, self.ids + self.jumped)
-        self.bounded = None
-        return left
-
-    def jump(self, engine: GrammarEngine, max_new_tokens: int) -> None:
-        """Moves on over all forced tokens, as far as there is room."""
-        while self.matcher is not None:
-            room = self.room(engine, max_new_tokens)  # first: it may exchange the matcher
-            forced = self.matcher.forced()[:room]
-            if not forced:
-                break
-            for token in forced:
-                self.matcher.accept(token)
-            self.jumped += forced
-            self.fed = self.fed + forced
-
-
-def _bounded(grammar: Grammar | None, matcher: Matcher | None) -> ActionGrammar | None:
-    return grammar if isinstance(grammar, ActionGrammar) and matcher is not None else None
-
-
-def _write(places: list[tuple[_Row, int, int]], logits: Tensor, forced: list[bool]) -> None:
-    """Appends tokens to their rows, with what the bare logits [B, columns, num_logits] at (row, column) say of them."""
-    for start in range(0, len(places), _SCORED):
-        part = places[start : start + _SCORED]
-        at = [row.index for row, _, _ in part], [column for _, column, _ in part]
-        bare = logits[at].float()
-        tokens = torch.tensor([token for _, _, token in part], device=bare.device)
-        log_probs = bare.gather(1, tokens[:, None])[:, 0] - bare.logsumexp(-1)
-        preferred = bare.argmax(-1) == tokens
-        scored = zip(part, log_probs.tolist(), preferred.tolist(), forced[start:], strict=False)
-        for (row, _, token), log_prob, is_preferred, is_forced in scored:
-            row.ids.append(token)
-            row.log_probs.append(log_prob)
-            row.preferred.append(is_preferred)
-            row.forced.append(is_forced)
-
-
-def _collect(rows: list[_Row], pad_token_id: int, num_forward_passes: int) -> Generation:
-    width = max(len(row.ids) for row in rows)
-
-    def padded(name: str, fill) -> Tensor:
-        return torch.tensor([getattr(row, name) + [fill] * (width - len(row.ids)) for row in rows])
-
-    return Generation(
-        ids=padded("ids", pad_token_id),
-        log_probs=padded("log_probs", 0.0),
-        forced=padded("forced", False),
-        preferred=padded("preferred", False),
-        num_tokens=torch.tensor([len(row.ids) for row in rows]),
-        finished=torch.tensor([row.finished for row in rows]),
-        num_forward_passes=num_forward_passes,
-    )
+    @property
+    def is_greedy(self) -> Tensor:
+        """[B] bool: finished rows that greedy decoding writes without a grammar too."""
+        padding = torch.arange(self.ids.shape[1]) >= self.num_tokens[:, None]
+        return self.finished & (self.preferred | padding).all(1)
 
 
 def refuse_excluded(settings: GenerationConfig) -> None:

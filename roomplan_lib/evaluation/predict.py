@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from roomplan_lib.actions import ActionList, PlaceAnchor, PlanRoom
-from roomplan_lib.actions.decoding import GrammarEngine, confidences, generate_constrained
+from roomplan_lib.actions.decoding import GrammarEngine, confidences
 from roomplan_lib.actions.grammar import ActionGrammar
 from roomplan_lib.config import RunConfig, to_dict
 from roomplan_lib.evaluation import CONTROLS, predictions_file
@@ -31,17 +31,17 @@ from roomplan_lib.evaluation.parts import (
 )
 from roomplan_lib.evaluation.rows import prediction_row
 from roomplan_lib.files import file_hash
+from roomplan_lib.model.generation import generate_texts
 from roomplan_lib.model.vlm import RoomPlanVLM
 from roomplan_lib.samples import read_samples
 from roomplan_lib.samples.targets import scene_action
 from roomplan_lib.scenes import CATEGORIES
+from roomplan_lib.training.answers import prompt_of
 from roomplan_lib.training.checkpoint import list_checkpoints
 from roomplan_lib.training.collator import Collator, Sample, load_samples
 from roomplan_lib.training.processes import resolve_device
 from roomplan_lib.training.run import load_model_folder, make_collator, make_model, make_tokenizer, open_run
 from roomplan_lib.training.trainer import to_device
-
-BATCH_KEYS = ("input_ids", "attention_mask", "scene_index")
 
 
 def predict_run(
@@ -166,8 +166,8 @@ def make_job(
         "max_new_tokens": max_new_tokens,
         "constrained": constrained,
     }
-    if config.data.features.folder:  # which are rounded to this
-        fingerprint["features"] = config.data.features.dtype
+    if (features := config.data.features).folder:  # which are rounded to this
+        fingerprint["features"] = features.dtype if features.pool == 1 else f"{features.dtype}, pool {features.pool}"
     samples = first_scenes(pool, num_scenes)
     return Job(config, folder, weights, pool, samples, max_new_tokens, constrained, device, fingerprint)
 
@@ -331,6 +331,7 @@ def predict_rows(
     max_new_tokens: int = 96,
     batch_size: int = 64,
     constraint: Constraint | None = None,
+    share_prefix: bool = True,
 ) -> Iterator[list[dict]]:
     """Batches of rows, one row for each of `samples`, or for those of `indices`; in an order that saves work.
 
@@ -342,7 +343,8 @@ def predict_rows(
     text), `unconstrained`, what the same model writes without it, and `finished`; of one that is not, which only a
     grammar's text allows, `error` says where it was cut off, and a printed line how many there are.
     control: "model" shows each sample its own views, "shuffled" another scene's (of `pool`, or of `samples`), "blind"
-    none.
+    none. share_prefix: what the questions of a scene begin with passes through the language model once; the texts are
+    the same without.
     """
     if control not in CONTROLS:
         raise ValueError(f"control: expected one of {', '.join(CONTROLS)}, got {control!r}")
@@ -351,44 +353,41 @@ def predict_rows(
     shown = other_scenes(samples, pool or samples) if control == "shuffled" else samples
     codec = collator.data.codec
     categories = used_language(sample.record for sample in samples).categories
+    alone = GrammarEngine(tokenizer, model.language_model.config.vocab_size, "none")
     num_actions = num_cut = 0
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
         batch = collator(
             [samples[i] for i in part], generate=True, blind=control == "blind", views=[shown[i] for i in part]
         )
-        batch = to_device(batch, model.device)
-        inputs = {key: batch.pop(key) for key in BATCH_KEYS if key in batch}
-        prompt = model.prompt_embeddings(inputs["input_ids"], inputs.get("scene_index"), batch)
-        mask = inputs["attention_mask"]
-        ids = model.language_model.generate(
-            inputs_embeds=prompt,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        prompt = prompt_of(model, to_device(batch, model.device), share_prefix)
+        texts: dict[int, str] = {}
         extra: list[dict] = [{} for _ in part]
         held = [k for k, i in enumerate(part) if constraint and "instruction" in samples[i].record]
         if held:
-            grammars = [constraint.grammar] * len(held)
-            generation = generate_constrained(
-                model.language_model, prompt[held], mask[held], constraint.engine, grammars,
+            generation = generate_texts(
+                model.language_model, prompt.of(held), constraint.engine, [constraint.grammar] * len(held),
                 max_new_tokens=max_new_tokens,
             )  # fmt: skip
-            written = tokenizer.batch_decode(generation.ids, skip_special_tokens=True)
+            texts = dict(zip(held, tokenizer.batch_decode(generation.ids, skip_special_tokens=True), strict=True))
             finished = generation.finished.tolist()
-            found = confidences(generation, tokenizer)
-            for k, text, confidence, ended in zip(held, written, found, finished, strict=True):
-                extra[k] = {"unconstrained": texts[k], "confidence": confidence, "finished": ended}
+            for k, confidence, ended in zip(held, confidences(generation, tokenizer), finished, strict=True):
+                extra[k] = {"confidence": confidence, "finished": ended}
                 if not ended:
                     extra[k] |= {"action": None, "error": f"cut off after {max_new_tokens} tokens"}
-                texts[k] = text
+            for k, is_same in zip(held, generation.is_greedy.tolist(), strict=True):
+                if is_same:
+                    extra[k]["unconstrained"] = texts[k]
             num_actions, num_cut = num_actions + len(held), num_cut + finished.count(False)
-        rows = zip(part, texts, extra, strict=True)
-        yield [prediction_row(i, samples[i].record, text, codec, categories) | more for i, text, more in rows]
+        free = [k for k, more in enumerate(extra) if "unconstrained" not in more]
+        if free:
+            generation = generate_texts(model.language_model, prompt.of(free), alone, max_new_tokens=max_new_tokens)
+            for k, text in zip(free, tokenizer.batch_decode(generation.ids, skip_special_tokens=True), strict=True):
+                if k in texts:
+                    extra[k]["unconstrained"] = text
+                else:
+                    texts[k] = text
+        yield [prediction_row(i, samples[i].record, texts[k], codec, categories) | extra[k] for k, i in enumerate(part)]
     if num_cut:
         print(
             f"predict ({control}): {num_cut} of {num_actions} actions were cut off after {max_new_tokens} tokens; "

@@ -8,7 +8,8 @@ from torch import Tensor
 from roomplan_lib.model.resampler import Attention, PerceiverResampler
 from roomplan_lib.model.vlm import RoomPlanVLM
 
-OF_TEXT = ("input_ids", "attention_mask", "labels", "scene_index")  # of a batch; the rest are its views
+# Of a batch; the rest are its views.
+OF_TEXT = ("input_ids", "attention_mask", "labels", "scene_index", "shared_prefix")
 
 
 def attention_weights(attention: Attention, x: Tensor, context: Tensor, seen: Tensor | None = None) -> Tensor:

@@ -15,9 +15,13 @@ from roomplan_lib.model.geometry_tokens import RECORD_WIDTH
 from roomplan_lib.model.positions import VGGT_HEADS
 from roomplan_lib.model.resampler import build_resampler
 from roomplan_lib.model.vggt import VGGT, VGGTConfig
-from roomplan_lib.model.vlm import RoomPlanVLM, parameter_table
+from roomplan_lib.model.vlm import LOGITS_AT_ONCE, RoomPlanVLM, parameter_table
 
 GIB = 2**30
+# Of what a layer of Qwen3-4B keeps of a token, as measured: 85.4 kB compiled and 125.4 eager; 6.13 MB of all layers
+# where its own weights are trained and 4.51 with LoRA.
+COMPILED_SHARE = 85.4 / 125.4
+TRAINED_SHARE = 6.13 / 4.51
 
 
 def aggregator_flops(config: VGGTConfig, num_views: int, grid: tuple[int, int], num_layers: int | None = None) -> float:
@@ -51,16 +55,49 @@ def resampler_flops(config: ResamplerConfig, context: int, context_width: int, o
     return config.num_layers * (cross + own + ffn) + 2 * latents * width * out_width
 
 
-def language_model_flops(config, length: int, num_logits: int) -> float:
+def language_model_flops(config, length: float, num_logits: float, before: float = 0) -> float:
     """FLOPs of a forward pass of a Qwen3-like decoder over `length` tokens with logits at `num_logits` of them.
 
-    config: its Hugging Face config.
+    config: its Hugging Face config. before: tokens of a prefix that these see as well, but that are computed elsewhere:
+    a prefix once and then each question behind it cost what the whole sequence costs, with one question.
     """
     hidden, heads, head_dim = config.hidden_size, config.num_attention_heads, _head_dim(config)
     projections = hidden * head_dim * 2 * (heads + config.num_key_value_heads)
     linear = 2 * (projections + 3 * hidden * config.intermediate_size) * length
-    attention = 4 * heads * head_dim * length * (length + 1) / 2
+    attention = 4 * heads * head_dim * length * (before + (length + 1) / 2)
     return config.num_hidden_layers * (linear + attention) + 2 * hidden * config.vocab_size * num_logits
+
+
+def language_model_training_flops(
+    model: RoomPlanVLM, length: float, num_logits: float, before: float = 0, *, recompute: bool = False
+) -> float:
+    """FLOPs of `language_model_flops` with the backward pass: once more for the gradients of inputs, once more for
+    those of weights where the model itself is trained, those of LoRA's own weights, and with `recompute` (gradient
+    checkpointing) the layers a second time."""
+    language_model, config = model.language_model, model.language_model.config
+    lora = sum(p.numel() for n, p in language_model.named_parameters() if "lora_" in n)
+    forward = language_model_flops(config, length, num_logits, before)
+    again = language_model_flops(config, length, 0, before) + 2 * lora * length if recompute else 0.0
+    return forward * (3 if _base_is_trained(model) else 2) + 6 * lora * length + again
+
+
+def language_model_bytes(
+    model: RoomPlanVLM, num_tokens: float, num_logits: float, *, compiled: bool = False, recompute: bool = False
+) -> float:
+    """Bytes that the language model keeps of `num_tokens` tokens for the backward pass, and for the loss at
+    `num_logits` of them.
+
+    compiled: its layers are; recompute: gradient checkpointing, which keeps each layer's input, and the rest of one
+    layer at a time. The logits exist as themselves, as their log-probabilities and as the gradients of both, in
+    float32, of LOGITS_AT_ONCE at most.
+    """
+    config = model.language_model.config
+    kept = activations_per_token(config) * (COMPILED_SHARE if compiled else 1)
+    kept *= TRAINED_SHARE if _base_is_trained(model) else 1
+    if recompute:
+        kept = config.num_hidden_layers * config.hidden_size + kept / config.num_hidden_layers
+    logits = min(num_logits * config.vocab_size, max(LOGITS_AT_ONCE, config.vocab_size))
+    return num_tokens * kept * _width_of(model.language_model) + 4 * logits * 4
 
 
 def head_flops(config: VGGTConfig, num_views: int, image_size_hw: tuple[int, int]) -> float:
@@ -81,11 +118,14 @@ def model_card(
     image_size: int | tuple[int, int],
     num_text_tokens: int = 72,
     num_response_tokens: int = 16,
+    *,
+    recompute: bool = False,
 ) -> dict:
     """The numbers behind `describe`, for one sample.
 
     image_size: pixels of a square view, or (width, height); multiples of the patch size. num_text_tokens: prompt and
-    response without the placeholders; num_response_tokens of them are supervised. The model may be on the meta device.
+    response without the placeholders; num_response_tokens of them are supervised. recompute: with gradient
+    checkpointing. The model may be on the meta device.
     Raises ValueError for sizes that are no multiples and for more views than the resampler tells apart.
     """
     settings, encoder = model.settings, model.encoder.config
@@ -113,15 +153,13 @@ def model_card(
         "language_model": language_model_flops(lm, length, num_response_tokens),
     }
     rows = parameter_table(model)
-    lora = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
-    base_trained = any(p.requires_grad for n, p in model.language_model.named_parameters() if "lora_" not in n)
     encoder_trained = any(p.requires_grad for p in model.encoder.parameters())
     train = {  # the backward pass costs once more for the gradients of inputs, once more for those of weights
-        "encoder": forward["encoder"] * (3 if encoder_trained else 1),
+        "encoder": forward["encoder"] * (3 + recompute if encoder_trained else 1),
         "positions": forward["positions"] * 3,
-        "resampler": forward["resampler"] * 3,
+        "resampler": forward["resampler"] * (3 + recompute),
         "geometry_encoder": forward["geometry_encoder"] * 3,
-        "language_model": forward["language_model"] * (3 if base_trained else 2) + 6 * lora * length,
+        "language_model": language_model_training_flops(model, length, num_response_tokens, recompute=recompute),
     }
     trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     encoder_bytes, bytes_per_value = _width_of(model.encoder), _width_of(model.language_model)
@@ -129,12 +167,12 @@ def model_card(
     memory = {
         "weights": sum(p.numel() * p.element_size() for p in model.parameters()),
         "gradients and AdamW": 3 * trainable,
-        "encoder activations": _encoder_activations(encoder, num_views, patches, encoder_trained) * encoder_bytes
+        "encoder activations": _encoder_activations(encoder, num_views, patches, encoder_trained, recompute)
+        * encoder_bytes
         + taps * tapped * encoder_bytes,
-        "resampler activations": _resampler_activations(settings.resampler, context, 2 * encoder.embed_dim)
+        "resampler activations": _resampler_activations(settings.resampler, context, 2 * encoder.embed_dim, recompute)
         * bytes_per_value,
-        "language model activations": length * activations_per_token(lm) * bytes_per_value
-        + 4 * num_response_tokens * lm.vocab_size * 4,
+        "language model activations": language_model_bytes(model, length, num_response_tokens, recompute=recompute),
     }
     return {
         "parts": rows,
@@ -187,7 +225,7 @@ def describe(
         + " + ".join(f"{name} {value / GIB:.2f}" for name, value in memory.items())
     )
     if features and features.folder:
-        cached = cache_card(model, num_views, image_size, features.dtype)
+        cached = cache_card(model, num_views, image_size, features.dtype, pool=features.pool)
         live, without = cached["live_flops"] / 1e12, cached["cached_flops"] / 1e12
         print(
             f"feature cache: once a view set is encoded, training on a sample takes {without:.4f} TFLOP in place of "
@@ -199,20 +237,28 @@ def describe(
 
 
 def cache_card(
-    model: RoomPlanVLM, num_views: int, image_size: int | tuple[int, int], dtype: str, group_size: int = 1
+    model: RoomPlanVLM,
+    num_views: int,
+    image_size: int | tuple[int, int],
+    dtype: str,
+    group_size: int = 1,
+    pool: int = 1,
 ) -> dict:
     """What the feature cache changes for one sample: training FLOPs live and cached, bytes per view set.
 
-    group_size: samples that share one encoding of their views, and one pass of the resampler and geometry tokens.
+    group_size: samples that share one encoding of their views, one pass of the resampler and geometry tokens, and one
+    of their visual tokens through the language model where it can share them.
+    pool: as in FeaturesConfig; the resampler's FLOPs are those of patches that are not pooled.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     flops = model_card(model, num_views, size)["train_flops"]
-    shared = sum(flops[part] for part in ("positions", "resampler", "geometry_encoder")) / group_size
-    taps = len(model.settings.tap_layers)
+    prefix = 0.0 if model.why_not_shared else language_model_training_flops(model, model.num_visual_tokens, 0)
+    shared = sum(flops[part] for part in ("positions", "resampler", "geometry_encoder")) + prefix
+    own, taps = flops["language_model"] - prefix, len(model.settings.tap_layers)
     return {
-        "live_flops": flops["encoder"] / group_size + shared + flops["language_model"],
-        "cached_flops": shared + flops["language_model"],
-        "set_bytes": entry_bytes(model.encoder, taps, num_views, size, dtype, heads_of(model.settings)),
+        "live_flops": (flops["encoder"] + shared) / group_size + own,
+        "cached_flops": shared / group_size + own,
+        "set_bytes": entry_bytes(model.encoder, taps, num_views, size, dtype, heads_of(model.settings), pool),
     }
 
 
@@ -232,9 +278,11 @@ def resampler_table(
 
 
 def activations_per_token(config) -> float:
-    """Values that a decoder keeps of one token for the backward pass: of each layer four times the FFN's and the hidden
-    width, three times the queries' and twice the keys' (125 kB in bf16 measured for Qwen3-4B, 127 kB so). config: its
-    Hugging Face config."""
+    """Values that a decoder with LoRA keeps of one token for the backward pass: of each layer four times the FFN's and
+    the hidden width, three times the queries' and twice the keys' (125 kB in bf16 measured for Qwen3-4B, 127 kB so).
+
+    config: its Hugging Face config.
+    """
     heads, keys, head_dim = config.num_attention_heads, config.num_key_value_heads, _head_dim(config)
     layer = 4 * config.intermediate_size + 4 * config.hidden_size + (3 * heads + 2 * keys) * head_dim
     return config.num_hidden_layers * layer
@@ -244,23 +292,45 @@ def _head_dim(config) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def _base_is_trained(model: RoomPlanVLM) -> bool:
+    """Whether the language model's own weights are trained, beside those of LoRA."""
+    return any(p.requires_grad for n, p in model.language_model.named_parameters() if "lora_" not in n)
+
+
 def _width_of(part: torch.nn.Module) -> int:
     """Bytes per value of the type that most of the part's weights have."""
     sizes = [(p.numel(), p.element_size()) for p in part.parameters()]
     return max(sizes)[1]
 
 
-def _encoder_activations(config: VGGTConfig, num_views: int, patches: int, trained: bool) -> float:
-    """Values: of one block (its input, queries, keys, values, hidden layer) without gradients, of every block with."""
+def _encoder_activations(
+    config: VGGTConfig, num_views: int, patches: int, trained: bool, recompute: bool = False
+) -> float:
+    """Values: of one block (its input, queries, keys, values, hidden layer) without gradients, of every block with.
+
+    A block that is trained keeps 13 of its width and two of the hidden layer: its input and what its norms, linear
+    layers, turned queries and keys, attention, activation and LayerScale make of it.
+    recompute: of the frame and global blocks their inputs alone, and all of one at a time.
+    """
     tokens = num_views * (1 + config.num_register_tokens + patches)
-    block = tokens * config.embed_dim * (6 + 2 * config.mlp_ratio)
-    return block * (config.patch_embed_depth + 2 * config.depth) if trained else block
+    if not trained:
+        return tokens * config.embed_dim * (6 + 2 * config.mlp_ratio)
+    block = tokens * config.embed_dim * (13 + 2 * config.mlp_ratio)
+    if recompute:
+        return block * (config.patch_embed_depth + 1) + 2 * config.depth * tokens * config.embed_dim
+    return block * (config.patch_embed_depth + 2 * config.depth)
 
 
-def _resampler_activations(config: ResamplerConfig, context: int, context_width: int) -> float:
-    """Values: the context before and after its norm and, per layer, keys, values and what the latents leave."""
+def _resampler_activations(config: ResamplerConfig, context: int, context_width: int, recompute: bool = False) -> float:
+    """Values: the context before and after its norm and, per layer, keys, values and what the latents leave.
+
+    recompute: of a layer its latents alone, and all of one at a time.
+    """
     per_layer = 2 * context * config.width + config.num_latents * (12 * config.width + 2 * config.ffn_width)
-    return 2 * context * context_width + config.num_layers * per_layer
+    layers = config.num_layers * per_layer
+    if recompute:
+        layers = per_layer + config.num_layers * config.num_latents * config.width
+    return 2 * context * context_width + layers
 
 
 def _linear_flops(part: torch.nn.Module | None) -> float:

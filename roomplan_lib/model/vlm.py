@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -33,14 +34,24 @@ from roomplan_lib.config import (
     parse,
     to_dict,
 )
-from roomplan_lib.model.features import FeatureCache, encode, heads_of
+from roomplan_lib.model.features import FeatureCache, encode, heads_of, pool_coordinates, pooled_grid, unpack
+from roomplan_lib.model.generation import Prompt, prefill, rows_of
 from roomplan_lib.model.geometry_tokens import GeometryEncoder, record_poses
 from roomplan_lib.model.positions import VGGT_HEADS, build_positions, encode_positions, vggt_patch_coordinates
 from roomplan_lib.model.pretrained import check_reference, find_source, load_encoder, load_language_model, reference_to
 from roomplan_lib.model.resampler import build_resampler
+from roomplan_lib.model.shared_prefix import (
+    ATTENTION,
+    BLOCK,
+    IGNORE_INDEX,
+    PrefixLayout,
+    prefix_length,
+    takes_block_mask,
+    why_not_shared,
+)
 from roomplan_lib.model.vggt import VGGT, VGGTConfig
 
-IGNORE_INDEX = -100
+LOGITS_AT_ONCE = 2**28  # 1.1 GB in float32: 1,766 tokens of Qwen3's vocabulary
 _LISTED = 20  # keys per kind in an error message
 
 
@@ -245,19 +256,23 @@ class RoomPlanVLM(PreTrainedModel, GenerationMixin):
         has_geometry: [S] bool; patch_coordinates [V, P, 3] metres in the reference frame ([V, P, n_points, 3] with
         more points than one) and patch_valid [V, P], S of each, where 3D positions from depth are on (ValueError
         without them; positions from VGGT's own points need a geometry record instead). features: for sets whose
-        pixel_values are None, what the cache holds of them: `tokens` [num_taps, V, T, E], `image_size` (width, height),
-        VGGT's `pose_enc` and `depth` where its points are used; to_store: for the others, as what it is to keep them.
+        pixel_values are None, what the cache holds of them: `tokens` [num_taps, V, T, E] with their `scale` where they
+        are int8, `image_size` (width, height), VGGT's `pose_enc` and `depth` where its points are used; to_store: for
+        the others, as what it is to keep them. All sets have the pooled patches of the cache that is open.
         view_mask: S tensors bool [V], False for views that the encoder sees and nothing after it; None = all are seen.
         Sets of different V, H or W are encoded apart, so no padding ever reaches the encoder's global attention.
         """
         if self.needs_positions and patch_coordinates is None:
             raise ValueError("3D positions are on, but the batch holds no patch_coordinates")
         cached = features or [None] * len(pixel_values)
+        if self.features is not None and (residence := self.features.residence):
+            cached = [known and residence.resolve(known, has_geometry.device) for known in cached]
         groups: dict[tuple, list[int]] = {}
         for i, (views, known) in enumerate(zip(pixel_values, cached, strict=True)):
             shape = views.shape if known is None else (*known["tokens"].shape, *known["image_size"])
             groups.setdefault(tuple(shape), []).append(i)
         encoded: list[Tensor | None] = [None] * len(pixel_values)
+        pool = 1 if self.features is None else self.features.settings.pool
         self.sets_with_positions = None if self.positions is None else torch.zeros_like(has_geometry)
         for members in groups.values():
             records, has, seen = torch.stack([geometry_records[i] for i in members]), has_geometry[members], None
@@ -278,13 +293,15 @@ class RoomPlanVLM(PreTrainedModel, GenerationMixin):
                     valid = torch.stack([patch_valid[i] for i in members])
                 else:
                     coordinates, valid = self._own_coordinates(predictions, records, has, size)
+                if pool > 1:
+                    coordinates, valid = pool_coordinates(coordinates, valid, grid, pool)
                 positions = encode_positions(self.positions, self.settings.positions, coordinates, valid).to(dtype)
                 valid = valid if seen is None else valid & seen[..., None]
                 self.sets_with_positions[members] = valid.flatten(1).any(1)
                 if self.settings.positions.add_to == "encoder":
                     on_patches = F.pad(positions, (0, 0, patch_token_start, 0))  # zero on camera and registers
                     taps, positions = [tap + on_patches for tap in taps], None
-            tokens = self.resampler(taps, patch_token_start, grid, positions, seen)
+            tokens = self.resampler(taps, patch_token_start, pooled_grid(grid, pool), positions, seen)
             if self.geometry_encoder is not None:
                 records = records.to(self.geometry_encoder.null_record.dtype)
                 tokens = torch.cat([tokens, self.geometry_encoder(records, has, seen)], dim=1)
@@ -297,19 +314,22 @@ class RoomPlanVLM(PreTrainedModel, GenerationMixin):
     ) -> tuple[list[Tensor], dict[str, Tensor], tuple[int, int]]:
         """Tapped tokens [S, V, T, E], VGGT's own cameras and depth where they are used, and (H, W) of the pictures."""
         taps, predictions = encode(self.encoder, pixels, self.settings.tap_layers, heads_of(self.settings))
+        size = tuple(pixels.shape[-2:])
         if self.features is not None:
+            packed = self.features.pack(torch.stack(taps, dim=1), size)
             for i, kept in enumerate(to_store):
                 if kept is not None:
-                    tokens = torch.stack([tap[i] for tap in taps])
-                    self.features.store(**kept, tokens=tokens, predictions={k: v[i] for k, v in predictions.items()})
-        return taps, predictions, tuple(pixels.shape[-2:])
+                    self.features.store(**kept, tensors={k: v[i] for k, v in (packed | predictions).items()})
+            if self.features.settings.is_lossy:  # what is learned from must not depend on what the cache held already
+                taps = list(unpack(packed).unbind(1))
+        return taps, predictions, size
 
     def _cached(self, features: list[dict]) -> tuple[list[Tensor], dict[str, Tensor], tuple[int, int]]:
         """As `_encode`, from the cache."""
         tensors = {
             name: torch.stack([known[name] for known in features]) for name in features[0] if name != "image_size"
         }
-        return list(tensors.pop("tokens").unbind(1)), tensors, tuple(features[0]["image_size"][::-1])
+        return list(unpack(tensors).unbind(1)), tensors, tuple(features[0]["image_size"][::-1])
 
     def _own_coordinates(
         self, predictions: dict[str, Tensor], records: Tensor, has_geometry: Tensor, size: tuple[int, int]
@@ -352,10 +372,17 @@ class RoomPlanVLM(PreTrainedModel, GenerationMixin):
 
         For generation by other means than `generate`; arguments as there.
         """
-        tokens = None
-        if views.get("geometry_records") is not None:
-            tokens = self.encode_views(**views)[scene_index]  # each set encoded once, shared by its samples
-        return self.embed(input_ids, tokens)
+        tokens = self._visual_tokens(views)
+        return self.embed(input_ids, None if tokens is None else tokens[scene_index])
+
+    def _visual_tokens(self, views: dict) -> Tensor | None:
+        """[S, L + G, D] of each set of views, encoded once however many samples it has; None without views."""
+        return self.encode_views(**views) if views.get("geometry_records") is not None else None
+
+    @property
+    def why_not_shared(self) -> str:
+        """Why the questions of a scene cannot share a prefix in the language model; "" where they can."""
+        return why_not_shared(self.language_model)
 
     def forward(
         self,
@@ -364,6 +391,7 @@ class RoomPlanVLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         scene_index: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        shared_prefix: dict | None = None,
         **views,
     ) -> CausalLMOutput:
         """Loss over the supervised tokens, or logits [B, T, vocabulary] when there are no labels.
@@ -371,21 +399,86 @@ class RoomPlanVLM(PreTrainedModel, GenerationMixin):
         input_ids, attention_mask, labels: [B, T]; scene_index: [B] int, the set of views that each row sees;
         views: the arguments of `encode_views`. The loss is summed over supervised tokens and divided by
         num_items_in_batch (their number in the whole optimizer step), or by their number here.
+        shared_prefix: what `lay_out` says of these rows; with it (and labels) rows of one set of views pass their
+        common prefix through the language model once, with the same loss and gradients.
         """
-        hidden = self.language_model.get_decoder()(
-            inputs_embeds=self.prompt_embeddings(input_ids, scene_index, views),
-            attention_mask=attention_mask,
-            position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
-            use_cache=False,
-        ).last_hidden_state
-        head = self.language_model.get_output_embeddings()
-        if labels is None:
-            return CausalLMOutput(logits=head(hidden))
-        supervised = labels[:, 1:] != IGNORE_INDEX
-        logits = head(hidden[:, :-1][supervised]).float()  # only where there is something to learn
-        total = F.cross_entropy(logits, labels[:, 1:][supervised], reduction="sum")
-        count = supervised.sum() if num_items_in_batch is None else num_items_in_batch
+        visual_tokens = self._visual_tokens(views)
+        if labels is not None and shared_prefix is not None:
+            hidden = self._hidden_of_questions(input_ids, scene_index, visual_tokens, shared_prefix)
+            predicting, targets = hidden[shared_prefix["predicting"]], shared_prefix["targets"]
+        else:
+            hidden = self.language_model.get_decoder()(
+                inputs_embeds=self.embed(input_ids, None if visual_tokens is None else visual_tokens[scene_index]),
+                attention_mask=attention_mask,
+                position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
+                use_cache=False,
+            ).last_hidden_state
+            if labels is None:
+                return CausalLMOutput(logits=self.get_output_embeddings()(hidden))
+            supervised = labels[:, 1:] != IGNORE_INDEX
+            predicting, targets = hidden[:, :-1][supervised], labels[:, 1:][supervised]
+        total = summed_loss(self.get_output_embeddings(), predicting, targets)  # only where there is something to learn
+        count = len(targets) if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutput(loss=total / count)
+
+    def _hidden_of_questions(
+        self, input_ids: Tensor, scene_index: Tensor, visual_tokens: Tensor, shared_prefix: dict
+    ) -> Tensor:
+        """Last hidden states [M, D] of the tokens behind the prefixes, in the order of `shared_prefix["tokens"]`."""
+        length, tokens = shared_prefix["length"], shared_prefix["tokens"]
+        layout = PrefixLayout(length, input_ids.shape[1] - length, scene_index, tokens, len(visual_tokens))
+        own = input_ids[:, length:].flatten()[tokens]
+        row = torch.cat([input_ids[0, :length].repeat(len(visual_tokens)), own])
+        # One look-up, as of a batch that shares nothing: under ZeRO-3 each fetches weights from the other processes.
+        embeddings = self.embed(row[None], visual_tokens.flatten(0, 1)[None])[0]
+        position_ids = layout.position_ids()
+        if takes_block_mask(embeddings.device):
+            fill = -layout.num_tokens % BLOCK
+            embeddings, position_ids = F.pad(embeddings, (0, 0, 0, fill)), F.pad(position_ids, (0, fill))
+            layout = layout.with_block_mask(len(embeddings))
+        if self.language_model.config._attn_implementation != ATTENTION:
+            self.language_model.set_attn_implementation(ATTENTION)
+        hidden = self.language_model.get_decoder()(
+            inputs_embeds=embeddings[None],
+            position_ids=position_ids[None],
+            # Of four dimensions it is passed on as it is; for None a dense mask of the row would be made for nothing.
+            attention_mask=embeddings.new_empty(1, 1, 0, 0) if layout.block_mask is None else layout.block_mask,
+            prefix_layout=layout,
+            use_cache=False,
+        ).last_hidden_state[0]
+        return hidden[len(visual_tokens) * length : layout.num_tokens]
+
+    @torch.no_grad()
+    def read_prompt(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        scene_index: Tensor | None = None,
+        *,
+        views: dict,
+        share_prefix: bool = True,
+    ) -> Prompt:
+        """Prompts padded on the left, as `generate_texts` takes them.
+
+        With share_prefix what all rows begin with, up to the last visual token, passes through the language model once
+        for each set of views, where that is fewer times than there are rows.
+        """
+        visual_tokens, length = self._visual_tokens(views), 0
+        if visual_tokens is None:
+            return Prompt(self.embed(input_ids, None), attention_mask)
+        if share_prefix and len(visual_tokens) < len(input_ids) and not self.why_not_shared:
+            rows = [row[seen].tolist() for row, seen in zip(input_ids, attention_mask.bool(), strict=True)]
+            length = prefix_length(rows, self.config.image_token_id)
+        if not length:
+            return Prompt(self.embed(input_ids, visual_tokens[scene_index]), attention_mask)
+        prefix = torch.tensor(rows[0][:length], device=input_ids.device).expand(len(visual_tokens), -1)
+        cache = rows_of(prefill(self.language_model, self.embed(prefix, visual_tokens)), scene_index)
+        own = max(map(len, rows)) - length
+        mask = attention_mask[:, -own:].clone()
+        for row, ids in zip(mask, rows, strict=True):
+            row[: own + length - len(ids)] = 0  # its part of the prefix
+        embeddings = self.get_input_embeddings()(input_ids[:, -own:])
+        return Prompt(embeddings, torch.cat([mask.new_ones(len(mask), length), mask], 1), cache)
 
     @torch.no_grad()
     def generate(
@@ -393,8 +486,9 @@ class RoomPlanVLM(PreTrainedModel, GenerationMixin):
     ) -> Tensor:
         """New token ids [B, <= max_new_tokens] after prompts padded on the left.
 
-        The prompt passes through the same `embed` as in training; the rest is `generate` of the language model, which
-        takes kwargs (`max_new_tokens`, `cache_implementation="static"`, `logits_processor`, ...).
+        The plain path beside `generate_texts`: nothing is shared. The prompt passes through the same `embed` as in
+        training; the rest is `generate` of the language model, which takes kwargs (`max_new_tokens`,
+        `cache_implementation="static"`, `logits_processor`, ...).
         """
         prompt = self.prompt_embeddings(input_ids, scene_index, views)
         return self.language_model.generate(inputs_embeds=prompt, attention_mask=attention_mask, **kwargs)
@@ -505,6 +599,24 @@ class RoomPlanVLM(PreTrainedModel, GenerationMixin):
         model = cls(config, **parts)
         model.load_trained(folder)
         return model.eval()
+
+
+def summed_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of head(hidden) [N, vocabulary] and targets [N], summed, in float32.
+
+    Of more logits than LOGITS_AT_ONCE, parts are made one after another and again for their gradients, so that no more
+    are in memory; not where ZeRO-3 shards the head, which all processes must call equally often.
+    """
+    vocabulary = head.out_features
+
+    def part(hidden: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
+
+    rows = max(1, LOGITS_AT_ONCE // vocabulary)
+    if len(hidden) <= rows or hasattr(head.weight, "ds_id"):
+        return part(hidden, targets)
+    parts = zip(hidden.split(rows), targets.split(rows), strict=True)
+    return sum(checkpoint(part, some, own, use_reentrant=False) for some, own in parts)
 
 
 def freeze(part: nn.Module, dtype: str) -> None:

@@ -91,3 +91,9 @@ def question_text(sample: dict, augmentation: Augmentation = UNCHANGED, codec: s
         return anchor_text(canonical(anchor_from_box(box).transformed(world_to_model(sample, augmentation))), codec)
 
     return BOX_MARKER.sub(written, text) if sample.get("boxes") else text  # prepared without scans: nowhere to point
+
+
+def text_length(record: dict) -> int:
+    """Characters that a sample is asked and answers with."""
+    words = sum(len(str(record.get(key) or "")) for key in ("situation", "question", "instruction", "answer"))
+    return words + len(str(record.get("action_json") or ""))

@@ -24,6 +24,7 @@ CATEGORIES = (
 MAX_PIXELS = 50_000_000  # a larger picture in a scene folder is a mistake or an attack
 PICTURE_FORMATS = ("PNG", "JPEG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # others only widen what a bad file can reach
 PICTURE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)  # what Pillow raises for those
+JPEG_SCALES = (8, 4, 2)  # parts of its sides at which libjpeg decodes a JPEG from fewer DCT coefficients
 MISSING_DEPTH = 65535
 
 
@@ -94,12 +95,15 @@ class Scene:
     metadata: dict = field(default_factory=dict)  # what the source says of the scene besides
 
 
-def load_rgb(path: Path, quarter_turns: int = 0) -> np.ndarray:
+def load_rgb(path: Path, quarter_turns: int = 0, at_least: tuple[int, int] | None = None) -> np.ndarray:
     """uint8 [H, W, 3] of a picture in one of PICTURE_FORMATS, turned counter-clockwise.
 
-    Raises ValueError that names the file.
+    at_least: the (width, height) of the turned picture that will do, for which a JPEG may be decoded smaller than it
+    is (see `open_picture`). Raises ValueError that names the file.
     """
-    return np.rot90(np.asarray(open_picture(path).convert("RGB")), quarter_turns)
+    if at_least and quarter_turns % 2:
+        at_least = at_least[::-1]
+    return np.rot90(np.asarray(open_picture(path, at_least=at_least).convert("RGB")), quarter_turns)
 
 
 def load_depth(path: Path, quarter_turns: int = 0, scale: float = 1000.0) -> np.ndarray:
@@ -116,10 +120,14 @@ def load_depth(path: Path, quarter_turns: int = 0, scale: float = 1000.0) -> np.
     return np.rot90(stored / np.float32(scale), quarter_turns)
 
 
-def open_picture(file: Path | BinaryIO, name: str = "", decode: bool = True) -> Image.Image:
+def open_picture(
+    file: Path | BinaryIO, name: str = "", decode: bool = True, at_least: tuple[int, int] | None = None
+) -> Image.Image:
     """The picture of a file, decoded unless told otherwise; nothing larger than MAX_PIXELS is decoded.
 
-    name: what messages call it, the path when left out. Raises ValueError for whatever is no good picture.
+    name: what messages call it, the path when left out. at_least: a (width, height) that will do: a JPEG is decoded at
+    the least of JPEG_SCALES that holds it, which costs a fraction of the time, other formats as they are. Raises
+    ValueError for whatever is no good picture.
     """
     name = name or str(file)
     with picture_errors(name):
@@ -128,10 +136,23 @@ def open_picture(file: Path | BinaryIO, name: str = "", decode: bool = True) -> 
             picture = Image.open(file, formats=PICTURE_FORMATS)
         fits = picture.width * picture.height <= MAX_PIXELS
         if fits and decode:
+            if at_least:
+                _reduce(picture, at_least)
             picture.load()
     if not fits:
         raise ValueError(f"{name}: {picture.width}x{picture.height} pixels, more than {MAX_PIXELS} are refused")
     return picture
+
+
+def _reduce(picture: Image.Image, at_least: tuple[int, int]) -> None:
+    """Tells a JPEG that is not decoded yet to come out smaller, by a scale that divides both of its sides: then its
+    pixels cover the whole picture evenly, and a resize maps it as it would map the picture."""
+    width, height = picture.size
+    for scale in JPEG_SCALES:
+        fits = width >= scale * at_least[0] and height >= scale * at_least[1]
+        if fits and width % scale == height % scale == 0:
+            picture.draft(None, (width // scale, height // scale))  # does nothing to other formats
+            return
 
 
 @contextmanager
@@ -145,10 +166,10 @@ def picture_errors(name: str) -> Iterator[None]:
         raise ValueError(f"{name}: cannot read the picture ({error}); fetch or render it again") from None
 
 
-def picture_size(path: Path) -> tuple[int, int]:
-    """(width, height) in pixels from the header alone. Raises ValueError as `open_picture` does."""
+def picture_size(path: Path, quarter_turns: int = 0) -> tuple[int, int]:
+    """(width, height) in pixels of the turned picture, from the header alone. Raises ValueError as `open_picture`."""
     with open_picture(path, decode=False) as picture:
-        return picture.size
+        return picture.size[::-1] if quarter_turns % 2 else picture.size
 
 
 def path_below(root: Path, relative: str) -> Path:

@@ -12,6 +12,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from roomplan_lib.actions import ActionError, PlaceAnchor, parse_action
+from roomplan_lib.actions.decoding import GrammarEngine
+from roomplan_lib.model.generation import Prompt, generate_texts
 from roomplan_lib.model.vlm import RoomPlanVLM
 from roomplan_lib.samples.targets import reference_action
 from roomplan_lib.training.collator import Sample
@@ -42,20 +44,21 @@ def greedy_answers(
     synced: under ZeRO-3 every process goes on until the longest answer of all is written, since each forward pass
     needs the weights that the others hold.
     """
+    device, engine = batch["input_ids"].device, GrammarEngine(tokenizer, model.language_model.config.vocab_size, "none")
+    with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
+        prompt = prompt_of(model, batch, share_prefix=not synced)
+        generation = generate_texts(model.language_model, prompt, engine, max_new_tokens=max_new_tokens, synced=synced)
+    return tokenizer.batch_decode(generation.ids, skip_special_tokens=True)
+
+
+def prompt_of(model: RoomPlanVLM, batch: dict, share_prefix: bool = True) -> Prompt:
+    """`RoomPlanVLM.read_prompt` of a batch that the collator made for generation.
+
+    share_prefix off: as many forward passes whatever the batch, as processes make that need one another's weights.
+    """
     views = {key: value for key, value in batch.items() if key not in PROMPT}
     inputs = {key: batch[key] for key in PROMPT if key in batch}
-    device = batch["input_ids"].device
-    with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
-        ids = model.generate(
-            **inputs,
-            views=views,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            synced_gpus=synced,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    return tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return model.read_prompt(**inputs, views=views, share_prefix=share_prefix)
 
 
 def score_answers(samples: list[Sample], texts: list[str], codec: str) -> list[Answer]:

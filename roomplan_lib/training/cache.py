@@ -14,17 +14,26 @@ from dataclasses import dataclass, replace
 import torch
 from tqdm import tqdm
 
-from roomplan_lib.config import RunConfig
-from roomplan_lib.model.features import FeatureCache, encode, entry_bytes, free_bytes, heads_of
+from roomplan_lib.config import FeaturesConfig, RunConfig
+from roomplan_lib.model.features import (
+    FeatureCache,
+    encode,
+    entry_bytes,
+    free_bytes,
+    heads_of,
+    pooled_grid,
+    unpack,
+)
 from roomplan_lib.model.pretrained import load_encoder
 from roomplan_lib.model.vggt import VGGT
 from roomplan_lib.model.vlm import freeze, vggt_settings
 from roomplan_lib.scenes import picture_size
-from roomplan_lib.training.collator import Sample, ViewLoader, load_samples, resized_size
+from roomplan_lib.training.collator import Sample, ViewLoader, load_samples
 from roomplan_lib.training.processes import resolve_device
 from roomplan_lib.training.run import make_model, make_tokenizer
 
 LISTED = 20  # faults that are printed one by one
+MEASURED = 4  # view sets whose stored features are compared with exact ones
 HEADER_BYTES = 4096  # of a file, at most, with the hashes and names of its pictures
 
 
@@ -49,11 +58,10 @@ class Filler:
             loaded = [self.loader.load_pictures(sample) for sample in wanted]
             pixels = torch.stack([pictures for pictures, _ in loaded]).to(self.device)
             taps, predictions = encode(self.encoder, pixels, model.tap_layers, heads_of(model))
+            tensors = cache.pack(torch.stack(taps, dim=1), tuple(pixels.shape[-2:])) | predictions
             for i, (sample, (pictures, stored)) in enumerate(zip(wanted, loaded, strict=True)):
                 kept = self.loader.to_store(sample, tuple(pictures.shape[:-3:-1]), stored)
-                tokens = torch.stack([tap[i] for tap in taps])
-                of_set = {name: values[i] for name, values in predictions.items()}
-                cache.store(**kept, tokens=tokens, predictions=of_set, required=True)
+                cache.store(**kept, tensors={name: values[i] for name, values in tensors.items()}, required=True)
         for sample in samples:
             self.loader.view_set(sample)  # reads back what was written, and adds the coordinates
         return len(samples)
@@ -72,7 +80,8 @@ def fill_cache(
 
     part: (i, n) does the i-th of n parts, i from 1; the parts of all n are the whole. num_processes: on this machine,
     each with the encoder; 0 = one per GPU. batch_size: view sets per pass. verify: read every file and every picture to
-    its end, and compute again what is damaged or stale.
+    its end, and compute again what is damaged or stale. Of a lossy form a few sets are encoded once more, to print how
+    far from exact they are stored.
     Raises ValueError for settings without a cache, and before anything is computed when the disk cannot hold it.
     """
     if not config.data.features.folder:
@@ -104,6 +113,14 @@ def fill_cache(
         raise ValueError(f"{len(own)} view sets could not be kept, the first of scene {own[0].record['scene_id']}")
     rest = "the cache is whole" if not missing else f"{len(missing)} are left to the other parts"
     print(f"{len(samples) - len(missing)} of {len(samples)} are in {filler.loader.features.features.folder}; {rest}")
+    whole = [sample for sample in samples if sample.view_key not in missing]
+    if config.data.features.is_lossy and whole:
+        chosen = whole[:: max(1, len(whole) // MEASURED)][:MEASURED]
+        error = storage_error(filler.to(device), chosen)
+        print(
+            f"{_form(config.data.features)}: the stored features are {error:.2%} off the exact ones (root of the mean "
+            f"square, of {len(chosen)} view sets)"
+        )
 
 
 def make_filler(config: RunConfig, train_samples: list[Sample], verify: bool = False) -> Filler:
@@ -137,6 +154,27 @@ def find_faults(loader: ViewLoader, samples: list[Sample], contents: bool = Fals
     return faults
 
 
+def storage_error(filler: Filler, samples: list[Sample]) -> float:
+    """How far stored features of some view sets are from the exact ones, root mean square over root mean square. A
+    pooled patch token stands for each of those that it is the mean of."""
+    cache, model = filler.loader.features, filler.config.model
+    error = total = 0.0
+    for sample in samples:
+        pictures, _ = filler.loader.load_pictures(sample)
+        taps, _ = encode(filler.encoder, pictures[None].to(filler.device), model.tap_layers)
+        exact = torch.cat(taps).float().cpu()
+        stored = unpack(filler.loader.view_set(sample).features).float()
+        if (pool := cache.settings.pool) > 1:
+            grid = cache.grid(tuple(pictures.shape[-2:]))
+            special, patches = stored.tensor_split([cache.patch_token_start], dim=-2)
+            patches = patches.unflatten(-2, pooled_grid(grid, pool))
+            patches = patches.repeat_interleave(pool, -3).repeat_interleave(pool, -2)[..., : grid[0], : grid[1], :]
+            stored = torch.cat([special, patches.flatten(-3, -2)], dim=-2)
+        error += (stored - exact).square().sum().item()
+        total += exact.square().sum().item()
+    return (error / total) ** 0.5
+
+
 def check_size(filler: Filler, samples: list[Sample], faults: dict[tuple, str]) -> None:
     """Prints what is there, what is damaged, and what the rest takes. ValueError when the disk cannot hold that."""
     config, folder = filler.config, filler.loader.features.features.folder
@@ -148,7 +186,7 @@ def check_size(filler: Filler, samples: list[Sample], faults: dict[tuple, str]) 
     sizes = {sample.view_key: _set_bytes(filler, sample) for sample in samples}
     needed, free = sum(sizes[key] for key in faults), free_bytes(folder)
     print(
-        f"{len(samples) - len(faults)} are in the cache, {len(faults)} to compute in {config.data.features.dtype}: "
+        f"{len(samples) - len(faults)} are in the cache, {len(faults)} to compute in {_form(config.data.features)}: "
         f"up to {_size(max(sizes.values()))} each, {_size(needed)} of {_size(sum(sizes.values()))} in all; "
         f"{_size(free)} free",
         flush=True,
@@ -156,19 +194,17 @@ def check_size(filler: Filler, samples: list[Sample], faults: dict[tuple, str]) 
     if needed > free:
         raise ValueError(
             f"{folder}: {_size(needed)} are needed and {_size(free)} are free; choose another data.features.folder, "
-            "dtype bfloat16, fewer model.tap_layers or fewer view sets"
+            "dtype bfloat16, fewer model.tap_layers or fewer view sets; dtype int8 and pool 2 take less, at a loss"
         )
 
 
 def _set_bytes(filler: Filler, sample: Sample) -> int:
     """Bytes that one set of views takes in the cache, file headers included."""
-    config, num_views = filler.config, len(sample.record["images"])
-    size = picture_size(sample.paths()[0])
-    size = resized_size(
-        *(size[::-1] if sample.turns()[0] % 2 else size), config.data.image_size, filler.loader.patch_size
+    model, settings, num_views = filler.config.model, filler.config.data.features, len(sample.record["images"])
+    size = filler.loader.picture_size(sample)
+    features = entry_bytes(
+        filler.encoder, len(model.tap_layers), num_views, size, settings.dtype, heads_of(model), settings.pool
     )
-    model, dtype = config.model, config.data.features.dtype
-    features = entry_bytes(filler.encoder, len(model.tap_layers), num_views, size, dtype, heads_of(model))
     patches = size[0] * size[1] // filler.loader.patch_size**2
     positions = filler.loader.needs_positions
     return (
@@ -182,7 +218,7 @@ def _batches(loader: ViewLoader, samples: Iterable[Sample], batch_size: int) -> 
     """Samples of equal numbers of views and equal picture sizes, up to `batch_size` of them."""
     open_batches: dict[tuple, list[Sample]] = {}
     for sample in samples:
-        key = (len(sample.record["images"]), sample.turns()[0] % 2, picture_size(sample.paths()[0]))
+        key = (len(sample.record["images"]), picture_size(sample.paths()[0], sample.turns()[0]))
         batch = open_batches.setdefault(key, [])
         batch.append(sample)
         if len(batch) == batch_size:
@@ -228,6 +264,11 @@ def _begin(filler: Filler, device: str, numbers: multiprocessing.SimpleQueue, nu
 
 def _fill(samples: list[Sample]) -> int:
     return _filler.fill(samples)
+
+
+def _form(settings: FeaturesConfig) -> str:
+    """In which form features are stored, for people."""
+    return f"{settings.dtype}{', pooled 2x2' if settings.pool > 1 else ''}{' (lossy)' if settings.is_lossy else ''}"
 
 
 def _size(num_bytes: int) -> str:

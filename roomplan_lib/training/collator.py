@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -10,21 +11,23 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from roomplan_lib.config import DataConfig, PositionsConfig
 from roomplan_lib.geometry import resize_intrinsics, rotation_z, unproject
-from roomplan_lib.model.features import FeatureCache, Store
+from roomplan_lib.model.features import FeatureCache, Residence, Store
 from roomplan_lib.model.geometry_tokens import NUM_DEPTH_BINS, RECORD_WIDTH, normalise_records
 from roomplan_lib.model.positions import patch_lattice
+from roomplan_lib.model.shared_prefix import IGNORE_INDEX, lay_out, prefix_length
 from roomplan_lib.samples import check_record, depth_histogram, read_samples, sample_root
 from roomplan_lib.samples.targets import UNCHANGED, Augmentation, response_text, world_to_model
-from roomplan_lib.scenes import load_depth, load_rgb, path_below
+from roomplan_lib.scenes import load_depth, load_rgb, path_below, picture_size
 from roomplan_lib.training.prompt import prompt_text
+from roomplan_lib.training.tokenizer import IMAGE_TOKEN
 
-IGNORE_INDEX = -100
 NEEDS_DEPTH = (
     "3D positions and scale jitter need geom_token and depths, which this sample lacks; set model.positions.method to "
     "base and data.augmentation.scale_jitter to 0, or prepare the samples with depth"
@@ -105,6 +108,19 @@ def resized_size(width: int, height: int, longest: int, patch_size: int) -> tupl
     return tuple(sides)
 
 
+def resize_picture(picture: np.ndarray, stored_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """uint8 [3, H, W] of `size` (width, height), bicubic, from uint8 [h, w, 3], what was decoded of `stored_size`.
+
+    A whole picture goes through Pillow. One that was decoded smaller, whose pixels differ from the whole's by more than
+    that, goes through PyTorch: the same filter in a quarter of the time, to one grey level.
+    """
+    if picture.shape[1::-1] == stored_size:
+        picture = np.array(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))
+        return torch.from_numpy(picture).permute(2, 0, 1).contiguous()
+    pixels = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None]
+    return F.interpolate(pixels, size[::-1], mode="bicubic", antialias=True)[0].contiguous()
+
+
 def patch_coordinates(
     points: np.ndarray, valid: np.ndarray, grid: tuple[int, int], n_points: int = 1, min_valid_share: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -169,13 +185,16 @@ class ViewLoader:
         """The sample's views, decoded or read from the feature cache once and kept (least recently used go first); an
         augmentation changes no pixel, so it changes geometry and nothing else.
 
-        A file of the feature cache that changes later is read, and verified, again: its tensors change with it.
+        A file of the feature cache that changes later is read, and verified, again: its tensors change with it; but
+        features that are resident are not read again.
         """
         key = sample.view_key
         views, files = self._cache.pop(key, (None, []))
         if views is None or not all(store.is_as_read(path) for store, path in files):
             views = self._load(sample)
             files = self._cache_files(sample)
+        elif held := self._held(sample):
+            views = replace(views, features=held)
         # Views that the cache lacks are not kept: by the next time it has their features.
         if self.data.cache_scenes and (self.features is None or views.features is not None):
             self._cache[key] = views, files
@@ -184,24 +203,43 @@ class ViewLoader:
         return views if augmentation == UNCHANGED else self._with_geometry(sample, views, augmentation)
 
     def _load(self, sample: Sample) -> ViewSet:
-        entry = self.features and self.features.features.read(self.feature_parts(sample), _name(sample))
-        if entry:
+        if held := self._held(sample):
+            views = _blank(sample, None, held["sizes"][:2], held["sizes"][2:], held)
+        elif entry := self.features and self.features.features.read(self.feature_parts(sample), _name(sample)):
             image_size, stored_size = (tuple(entry.facts[name]) for name in ("image_size", "stored_size"))
-            views = _blank(sample, None, image_size, stored_size, {**entry.tensors, "image_size": image_size})
+            features = {**entry.tensors, "image_size": image_size}
+            if self.features.residence:
+                features |= self.features.residence.label(sample.view_key, image_size, stored_size)
+            views = _blank(sample, None, image_size, stored_size, features)
         else:
             pictures, stored_size = self.load_pictures(sample)
             views = _blank(sample, pictures, tuple(pictures.shape[:-3:-1]), stored_size, None)
         return self._with_geometry(sample, views, UNCHANGED)
 
+    def hold(self, residence: Residence) -> None:
+        """From now on, features that are read stay there."""
+        self.features.residence = residence
+        self._cache.clear()  # of features that were read before, it says nothing
+
+    def _held(self, sample: Sample) -> dict | None:
+        residence = self.features and self.features.residence
+        return residence.find(sample.view_key) if residence else None
+
     def load_pictures(self, sample: Sample) -> tuple[Tensor, tuple[int, int]]:
-        """uint8 [V, 3, H, W], upright and resized, and the (width, height) they had before."""
-        pictures = [load_rgb(path, turn) for path, turn in zip(sample.paths(), sample.turns(), strict=True)]
-        stored = (pictures[0].shape[1], pictures[0].shape[0])
-        if any((p.shape[1], p.shape[0]) != stored for p in pictures):
+        """uint8 [V, 3, H, W], upright and resized, and the (width, height) they had before, which is that of the files:
+        a JPEG that is decoded smaller (`RESAMPLING`) keeps the intrinsics of the whole."""
+        files = list(zip(sample.paths(), sample.turns(), strict=True))
+        stored, *others = (picture_size(path, turn) for path, turn in files)
+        if any(other != stored for other in others):
             raise ValueError(f"{_name(sample)}: its views differ in size; give views of one size")
         size = resized_size(*stored, self.data.image_size, self.patch_size)
-        resized = [np.asarray(Image.fromarray(p).resize(size, Image.Resampling.BICUBIC)) for p in pictures]
-        return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).contiguous(), stored
+        pictures = [resize_picture(load_rgb(path, turn, at_least=size), stored, size) for path, turn in files]
+        return torch.stack(pictures), stored
+
+    def picture_size(self, sample: Sample) -> tuple[int, int]:
+        """(width, height) that its pictures are resized to, from the header of the first."""
+        stored = picture_size(sample.paths()[0], sample.turns()[0])
+        return resized_size(*stored, self.data.image_size, self.patch_size)
 
     def feature_parts(self, sample: Sample) -> dict:
         """What the features of a sample's views depend on, beside the settings of the store."""
@@ -317,12 +355,22 @@ class Collator(ViewLoader):
     """Turns samples into a batch. Views shared by several samples are loaded, and later encoded, once."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, data: DataConfig, *, num_visual_tokens: int, **views: Any
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        data: DataConfig,
+        *,
+        num_visual_tokens: int,
+        share_prefix: bool = True,
+        **views: Any,
     ) -> None:
-        """views: the other arguments of `ViewLoader`."""
+        """share_prefix: tell the model how rows with the same views share what stands before their questions
+        (`RoomPlanVLM.why_not_shared`); views: the other arguments of `ViewLoader`."""
         super().__init__(data, **views)
         self.tokenizer = tokenizer
-        self.num_visual_tokens = num_visual_tokens
+        self.num_visual_tokens, self.share_prefix = num_visual_tokens, share_prefix
+        self.placeholder = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        # By the identity of a training sample's record, which is kept so that no other takes it: prompt and response.
+        self._known: dict[int, tuple[dict, array, array]] = {}
 
     def __call__(
         self, samples: list[Sample], *, generate: bool = False, blind: bool = False, views: list[Sample] | None = None
@@ -339,22 +387,13 @@ class Collator(ViewLoader):
         ]
         first = dict(zip(reversed(shown_as), reversed(shown), strict=True))
         keys = list(dict.fromkeys(shown_as))
-        prompts, responses = [], []
-        for sample, change in zip(samples, changes, strict=True):
-            num_tokens = 0 if blind else self.num_visual_tokens
-            text = prompt_text(
-                sample.record, self.tokenizer, num_tokens, self.data.visual_first, change, self.data.codec
-            )
-            prompts.append(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-            if not generate:
-                response = response_text(sample.record, change, self.data.codec)
-                ids = self.tokenizer(response, add_special_tokens=False)["input_ids"]
-                responses.append([*ids, self.tokenizer.eos_token_id])
+        prompts, responses = self._token_ids(samples, changes, generate, blind)
         batch = self._pad(samples, prompts, responses, generate)
         if not blind:
             sets = [self.view_set(first[key], key[1]) for key in keys]
+            number = {key: i for i, key in enumerate(keys)}
             batch |= {
-                "scene_index": torch.tensor([keys.index(key) for key in shown_as]),
+                "scene_index": torch.tensor([number[key] for key in shown_as]),
                 "pixel_values": [s.pixel_values for s in sets],
                 "geometry_records": [s.geometry_records for s in sets],
                 "has_geometry": torch.tensor([s.has_geometry for s in sets]),
@@ -368,9 +407,47 @@ class Collator(ViewLoader):
                     None if s.features else self.to_store(first[key], s.image_size, s.stored_size)
                     for key, s in zip(keys, sets, strict=True)
                 ]
+            if self.share_prefix and not generate and len(keys) < len(samples):
+                if length := prefix_length(prompts, self.placeholder):
+                    batch["shared_prefix"] = lay_out(batch["attention_mask"], batch["labels"], length)
             if any(any(key[2]) for key in keys):
                 batch["view_mask"] = [~torch.tensor(key[2]) for key in keys]
         return batch
+
+    def _token_ids(
+        self, samples: list[Sample], changes: list[Augmentation], generate: bool, blind: bool
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """The tokens of each prompt, and of each response with its end token (none to generate).
+
+        Texts of training that no draw changes are written and tokenised once; one placeholder is tokenised in place of
+        all, which are the same.
+        """
+        fixed = [change == UNCHANGED and not generate and not blind for change in changes]
+        known = [self._known.get(id(s.record)) if kept else None for s, kept in zip(samples, fixed, strict=True)]
+        new = [i for i, texts in enumerate(known) if texts is None]
+        num_tokens = 0 if blind else self.num_visual_tokens
+        if new:
+            settings = min(num_tokens, 1), self.data.visual_first
+            prompts = self._tokenise(
+                prompt_text(samples[i].record, self.tokenizer, *settings, changes[i], self.data.codec) for i in new
+            )
+            responses = [array("i")] * len(new)
+            if not generate:
+                texts = (response_text(samples[i].record, changes[i], self.data.codec) for i in new)
+                responses = self._tokenise(texts, self.tokenizer.eos_token_id)
+            for i, prompt, response in zip(new, prompts, responses, strict=True):
+                known[i] = samples[i].record, prompt, response
+                if fixed[i]:
+                    self._known[id(samples[i].record)] = known[i]
+        prompts = [prompt.tolist() for _, prompt, _ in known]
+        if num_tokens > 1:
+            for ids in prompts:
+                place = ids.index(self.placeholder)
+                ids[place:place] = [self.placeholder] * (num_tokens - 1)
+        return prompts, [] if generate else [response.tolist() for _, _, response in known]
+
+    def _tokenise(self, texts: Iterable[str], *end: int) -> list[array]:
+        return [array("i", [*ids, *end]) for ids in self.tokenizer([*texts], add_special_tokens=False)["input_ids"]]
 
     def _pad(self, samples: list[Sample], prompts: list, responses: list, left: bool) -> dict:
         rows = [p + r for p, r in zip(prompts, responses or [[]] * len(prompts), strict=True)]

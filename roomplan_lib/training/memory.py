@@ -19,6 +19,7 @@ import yaml
 
 from roomplan_lib.config import RunConfig, load_run_config, to_dict
 from roomplan_lib.files import write_whole
+from roomplan_lib.samples.targets import text_length
 from roomplan_lib.system import available_memory, peak_memory
 
 USABLE = 0.9  # of the free memory; the rest is for fragmentation and what a probe does not see
@@ -43,13 +44,13 @@ def fit_memory(config: RunConfig, limit: int | None = None) -> RunConfig:
     """`config` with a micro batch that fits: its own, or else the largest that does.
 
     The global batch stays the same: gradient_accumulation_steps makes up for it, and the micro batch stays a multiple
-    of group_size. When not even one group fits, gradient checkpointing is tried.
+    of group_size. With training.gradient_checkpointing auto it is tried when not even one group fits without.
     limit: bytes per process; default: nine tenths of what is free on the GPU, or of the machine's memory divided among
     its processes. A process is measured without sharding, so for zero3 the figures are an upper bound.
     Raises ValueError when nothing fits, with what the smallest takes and what may help.
     """
-    checkpointing = [True] if config.training.gradient_checkpointing else [False, True]
-    for recompute in checkpointing:
+    setting = config.training.gradient_checkpointing
+    for recompute in ["never", "always"] if setting == "auto" else [setting]:
         tried = _with_training(config, gradient_checkpointing=recompute)
         measured = measure(tried, candidate_sizes(tried), limit)
         print(memory_table(tried, measured))
@@ -59,15 +60,17 @@ def fit_memory(config: RunConfig, limit: int | None = None) -> RunConfig:
             steps = training.micro_batch_size * training.gradient_accumulation_steps // size
             print(
                 f"training with micro_batch_size {size}, gradient_accumulation_steps {steps}, "
-                f"gradient_checkpointing {str(recompute).lower()} (the stage says {training.micro_batch_size}, "
-                f"{training.gradient_accumulation_steps}, {str(training.gradient_checkpointing).lower()})"
+                f"gradient_checkpointing {recompute} (the stage says {training.micro_batch_size}, "
+                f"{training.gradient_accumulation_steps}, {setting})"
             )
             return _with_training(tried, micro_batch_size=size, gradient_accumulation_steps=steps)
     least = measured[0]
     raise ValueError(
         f"one group of training.group_size {config.training.group_size} samples takes "
-        f"{least.peak / MB:,.0f} MB with gradient checkpointing, {least.limit / MB:,.0f} MB may be used; set a smaller "
-        "group_size or data.image_size, fewer views, model.frozen_dtype bfloat16, or distributed.strategy zero3"
+        f"{least.peak / MB:,.0f} MB {'with' if recompute == 'always' else 'without'} gradient checkpointing, "
+        f"{least.limit / MB:,.0f} MB may be used; set a smaller group_size or data.image_size, fewer views, "
+        f"model.frozen_dtype bfloat16, {'training.gradient_checkpointing auto, ' * (setting == 'never')}"
+        "or distributed.strategy zero3"
     )
 
 
@@ -83,7 +86,7 @@ def candidate_sizes(config: RunConfig) -> list[int]:
 
 def memory_table(config: RunConfig, measured: list[Measurement]) -> str:
     """The measurements as lines of text."""
-    note = ", gradient checkpointing" if config.training.gradient_checkpointing else ""
+    note = ", gradient checkpointing" if config.training.gradient_checkpointing == "always" else ""
     rows = [f"{'micro batch':>11} {'peak MB':>10} {'may use MB':>10} {'samples/s':>10}  fits  (largest samples{note})"]
     for m in measured:
         rate = f"{m.samples_per_s:.1f}" if m.samples_per_s else "-"
@@ -135,6 +138,7 @@ def main(path: Path, sizes: list[int], limit: int | None) -> None:
 
     from roomplan_lib.training.collator import load_samples
     from roomplan_lib.training.processes import Processes, resolve_device
+    from roomplan_lib.training.residence import resident_bytes
     from roomplan_lib.training.run import make_collator, make_model, make_tokenizer
     from roomplan_lib.training.strategy import Replicated
     from roomplan_lib.training.trainer import count_supervised, parameter_groups, to_device
@@ -150,9 +154,11 @@ def main(path: Path, sizes: list[int], limit: int | None) -> None:
     with redirect_stdout(sys.stderr):  # stdout is for the figures
         tokenizer = make_tokenizer(config, samples)
         model = make_model(config, tokenizer).train()
-    if config.training.gradient_checkpointing:
+    if config.training.gradient_checkpointing == "always":
         model.gradient_checkpointing_enable({"use_reentrant": False})
     collator = make_collator(model, tokenizer, config.data)
+    if cuda and config.data.features.resident == "device":
+        limit -= resident_bytes(config, model, collator, samples)
     groups = parameter_groups(model, config)
     strategy = Replicated(config, model, groups, Processes(device))
 
@@ -190,8 +196,7 @@ def largest_samples(samples: list, size: int, group_size: int) -> list:
     """
     longest: dict[tuple, tuple[int, int]] = {}  # by view set: characters, index
     for i, sample in enumerate(samples):
-        words = sum(len(str(sample.record.get(k) or "")) for k in ("situation", "question", "instruction", "answer"))
-        length = words + len(str(sample.record.get("action_json") or ""))
+        length = text_length(sample.record)
         longest[sample.view_key] = max(longest.get(sample.view_key, (0, 0)), (length, i))
     order = sorted(longest, key=lambda key: (len(key), longest[key][0]), reverse=True)
     chosen = [samples[longest[order[i % len(order)]][1]] for i in range(size // group_size)]

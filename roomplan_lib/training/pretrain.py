@@ -26,7 +26,7 @@ from roomplan_lib.training.processes import Processes, resolve_device
 from roomplan_lib.training.run import changed_settings, surroundings
 from roomplan_lib.training.status import Preempted, RunLock, StopRequest, write_status
 from roomplan_lib.training.strategy import Replicated
-from roomplan_lib.training.trainer import leave_signals, schedule_factor, to_device
+from roomplan_lib.training.trainer import begin_loader_process, schedule_factor, to_device
 from roomplan_lib.training.view_sets import NUM_CATEGORIES, DrawnSteps, PackedScenes, held_out_sets
 
 # Settings that change nothing learned, so a run that goes on may have others.
@@ -222,7 +222,7 @@ class _Run:
             batch_size=None,
             num_workers=data.num_workers,
             pin_memory=self.processes.device.type == "cuda",
-            worker_init_fn=leave_signals,
+            worker_init_fn=begin_loader_process,
         )
 
     def _make_step(self, batch: dict[str, Tensor]) -> None:

@@ -24,8 +24,11 @@ from roomplan_lib.samples.targets import response_text
 from roomplan_lib.training.checkpoint import clear_partial, copy_model_folder, list_checkpoints, newest_checkpoint
 from roomplan_lib.training.collator import Collator, Sample, load_samples
 from roomplan_lib.training.metrics import Metrics
+from roomplan_lib.training.plan import settle_checkpointing
 from roomplan_lib.training.processes import Processes, is_lost, join_processes
 from roomplan_lib.training.prompt import prompt_text
+from roomplan_lib.training.residence import hold_features
+from roomplan_lib.training.sampler import MIXED
 from roomplan_lib.training.start import load_start, start_folder
 from roomplan_lib.training.status import Preempted, RunLock, StopRequest, write_status
 from roomplan_lib.training.tokenizer import IMAGE_TOKEN, load_tokenizer, train_tokenizer
@@ -34,10 +37,11 @@ from roomplan_lib.training.trainer import RoomPlanTrainer, parameter_groups, sch
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "open3d", "open3d-cpu", "deepspeed")
 # Settings that change nothing learned, so a run that goes on may have others.
 FREE = (
-    "runs_dir", "distributed.", "data.num_workers", "data.cache_scenes", "data.features.", "training.log_every_steps",
-    "training.eval_every_steps", "training.num_eval_samples", "training.num_generated_samples",
-    "training.save_every_steps", "training.keep_checkpoints", "training.explosion_factor", "training.device",
-    "training.gradient_checkpointing",
+    "runs_dir", "distributed.", "data.num_workers", "data.cache_scenes", "data.features.folder",
+    "data.features.on_missing", "data.features.resident", "training.log_every_steps", "training.eval_every_steps",
+    "training.num_eval_samples", "training.num_generated_samples", "training.save_every_steps",
+    "training.keep_checkpoints", "training.explosion_factor", "training.device",
+    "training.compile", "training.gradient_checkpointing",
 )  # fmt: skip
 # Settings of which only the product, the global batch size, is learned from.
 CUT = ("training.micro_batch_size", "training.gradient_accumulation_steps")
@@ -130,6 +134,7 @@ def _train(
     checkpoint, state = found or (None, {"step": 0})
     saved(state["step"])
     tokenizer = load_tokenizer(checkpoint) if checkpoint else make_tokenizer(config, train_samples)
+    config = settle_checkpointing(config, train_samples, tokenizer, processes)
     # The feature cache is found by the weights of the frozen encoder, so they are there before the checkpoint's.
     model = make_model(config, tokenizer, start=checkpoint is None or bool(config.data.features.folder))
     collator = make_collator(model, tokenizer, config.data)
@@ -154,6 +159,8 @@ def _train(
         wants_stop=stop,
     )
     _report(config, trainer, state["step"])
+    if config.data.features.resident != "none":
+        hold_features(config, model, collator, [*train_samples, *trainer.eval_samples], processes)
     torch.manual_seed(config.seed + processes.rank)
     try:
         trainer.train(checkpoint, state)
@@ -204,6 +211,18 @@ def _report(config: RunConfig, trainer: RoomPlanTrainer, step: int) -> None:
         f"{trainer.accumulation} x {processes.world_size} process{'es' * (processes.world_size > 1)}; "
         f"steps {step + 1} to {settings.max_steps}"
     )
+    if settings.group_size > 1:
+        num_groups, reason = trainer.global_batch_size // settings.group_size, trainer.model.why_not_shared
+        if not config.data.visual_first:
+            reason = "data.visual_first is false"
+        print(
+            f"{num_groups} groups a step of up to {settings.group_size} samples of one view set, which share its "
+            f"encoding{' and their prefix' if not reason else f', not their prefix: {reason}'}"
+        )
+        if num_groups < MIXED:
+            print(
+                f"  few for what a step teaches: at least {MIXED} scenes are advised; raise gradient_accumulation_steps"
+            )
     warmup = int(settings.warmup_ratio * settings.max_steps)
     shown = sorted({1, warmup + 1, (warmup + settings.max_steps) // 2 + 1, settings.max_steps})
     groups = parameter_groups(trainer.model, config)
@@ -350,6 +369,7 @@ def make_collator(
         tokenizer,
         data,
         num_visual_tokens=model.num_visual_tokens,
+        share_prefix=not model.why_not_shared,
         patch_size=model.encoder.config.patch_size,
         needs_positions=model.needs_positions,
         features=model.open_features(features or data.features, data.image_size),

@@ -44,7 +44,10 @@ class Replicated:
         self.gradients, self.loss = self.buffer[:-1], self.buffer[-1:]
         for parameter, flat in zip(self.trained.values(), self.gradients.split(sizes), strict=True):
             parameter.grad = flat.view_as(parameter)
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=processes.device.type == "cuda")
+        self.compiled = compiled_layers(config, self.model, processes.device)
+        for layer in self.compiled:
+            layer.compile()
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
         check = sum(p.detach().double().sum().item() for p in self.trained.values())
         assert len(set(processes.gather(check))) == 1, "the processes start with different weights"
 
@@ -109,6 +112,8 @@ class Replicated:
 
     def close(self) -> None:
         """Gives the model back as it was taken, but for what it has learned."""
+        for layer in self.compiled:
+            layer._compiled_call_impl = None
         for parameter in self.trained.values():
             parameter.grad = None
 
@@ -266,6 +271,14 @@ def _import_deepspeed(device: str):
     if device == "cpu":
         __compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def compiled_layers(config: RunConfig, model: RoomPlanVLM, device: torch.device) -> list[nn.Module]:
+    """The layers that `training.compile` asks to be compiled, each by itself: one compilation serves all of a kind."""
+    wanted = config.training.compile
+    if wanted == "never" or (wanted == "auto" and device.type != "cuda"):
+        return []
+    return [*model.language_model.get_decoder().layers, *model.resampler.layers]
 
 
 def make_strategy(config: RunConfig, model: RoomPlanVLM, groups: list[dict], processes: Processes):

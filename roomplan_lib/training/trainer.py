@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import statistics
 import time
@@ -68,7 +69,7 @@ class RoomPlanTrainer:
         self.on_entry, self.on_save, self.wants_stop = on_entry, on_save, wants_stop
         self.step, self.saved_step = 0, 0
         self.curve = Curve()
-        if config.training.gradient_checkpointing:
+        if config.training.gradient_checkpointing == "always":  # `run` has settled what auto means
             model.gradient_checkpointing_enable({"use_reentrant": False})
 
     @property
@@ -100,7 +101,7 @@ class RoomPlanTrainer:
             num_workers=self.config.data.num_workers,
             pin_memory=self.processes.device.type == "cuda",
             generator=torch.Generator(),  # the loader's own: drawing its seed must not move the model's
-            worker_init_fn=leave_signals,
+            worker_init_fn=begin_loader_process,
         )
 
     def _read(self, loader: DataLoader) -> Iterator:
@@ -384,8 +385,9 @@ class _Counts:
         return {"samples_with_positions": round(count / self.samples, 4)}
 
 
-def leave_signals(_worker: int) -> None:
-    """In a loader process: a signal to the whole process group asks the trainer for a stop, which still needs it."""
+def begin_loader_process(_worker: int) -> None:
+    """A signal to the whole process group asks the trainer for a stop, which still needs this process."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads are the main process's, which it would warn about
     for kind in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(kind, signal.SIG_IGN)
 

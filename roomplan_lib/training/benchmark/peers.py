@@ -14,13 +14,20 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, TrainerCallback
 
 from roomplan_lib.config import LoraSettings, RunConfig, to_dict
 from roomplan_lib.model.vlm import RoomPlanConfig, RoomPlanVLM
-from roomplan_lib.training.benchmark import WINDOW, Clock
+from roomplan_lib.system import held_memory, peak_memory
+from roomplan_lib.training.benchmark.measure import Clock
 from roomplan_lib.training.collator import IGNORE_INDEX, Sample
 from roomplan_lib.training.metrics import Metrics
+from roomplan_lib.training.processes import Processes
 from roomplan_lib.training.tokenizer import train_tokenizer
-from roomplan_lib.training.trainer import RoomPlanTrainer
+from roomplan_lib.training.trainer import RoomPlanTrainer, to_device
 
 HEAD_WIDTH = 32
+# By variant what it is made by, and how to get that.
+PACKAGES = {
+    "TRL": ("trl", "pip install 'roomplan_lib[peers]'"),
+    "LLaMA-Factory": ("llamafactory", "an environment of its own, since it takes older versions of transformers"),
+}
 
 
 @dataclass(frozen=True)
@@ -41,8 +48,9 @@ def measure_peer(config: RunConfig, job: dict) -> dict:
 
     The first step's loss is the same for all but for the rows that it sees, since LoRA begins as nothing.
     """
-    if job["variant"] == "TRL" and importlib.util.find_spec("trl") is None:
-        return {"skipped": "needs TRL: pip install 'roomplan_lib[peers]'"}
+    package, remedy = PACKAGES.get(job["variant"], ("torch", ""))
+    if importlib.util.find_spec(package) is None:
+        return {"skipped": f"needs {job['variant']}: {remedy}"}
     sizes = TextSizes(**job["text"])
     config = replace(
         config,
@@ -58,20 +66,28 @@ def measure_peer(config: RunConfig, job: dict) -> dict:
     rng = np.random.default_rng(0)
     # The first eight tokens are left to special ones.
     rows = rng.integers(8, sizes.vocab_size, (config.training.max_steps * sizes.num_rows, sizes.length)).tolist()
-    trainers = {"bare": train_bare, "ours": train_ours, "HF Trainer": train_hf, "TRL": train_trl}
-    clock = Clock()
+    trainers = {
+        "bare": train_bare,
+        "ours": train_ours,
+        "HF Trainer": train_hf,
+        "TRL": train_trl,
+        "LLaMA-Factory": train_llama_factory,
+    }
+    clock, start = Clock(config.training.log_every_steps), held_memory()
     trainers[job["variant"]](config, sizes, rows, clock)
-    return clock.result(sizes.num_rows)
+    used = torch.cuda.max_memory_allocated() if config.training.device == "cuda" else peak_memory() - start
+    return clock.result(sizes.num_rows) | {"memory_above_start_gb": used / 1e9}
 
 
 def train_bare(config: RunConfig, sizes: TextSizes, rows: list[list[int]], clock: Clock) -> None:
     """Forward, backward, clipping and AdamW; logits on the supervised positions alone, as `RoomPlanVLM` has them."""
-    settings, model = config.training, peft_model(sizes).train()
+    settings, device = config.training, torch.device(config.training.device)
+    model = peft_model(sizes).train().to(device)
     decoder, head = model.get_base_model().model, model.get_base_model().lm_head
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, settings.learning_rate, (0.9, 0.95), weight_decay=settings.weight_decay)
     for step in range(settings.max_steps):
-        batch = batch_of(sizes, rows[step * sizes.num_rows :][: sizes.num_rows])
+        batch = to_device(batch_of(sizes, rows[step * sizes.num_rows :][: sizes.num_rows]), device)
         labels = batch.pop("labels")[:, 1:]
         hidden = decoder(**batch, use_cache=False).last_hidden_state[:, :-1]
         loss = F.cross_entropy(head(hidden[labels >= 0]).float(), labels[labels >= 0])
@@ -100,7 +116,8 @@ def train_ours(config: RunConfig, sizes: TextSizes, rows: list[list[int]], clock
     config.run_dir.mkdir(parents=True)
     metrics = Metrics(config.run_dir, 0, config.training.max_steps, lambda e: clock.mark(e["step"], e["loss"]))
     collator = TextCollator(sizes)
-    RoomPlanTrainer(config, model, collator, samples, [], on_entry=metrics).train()
+    processes = Processes(torch.device(config.training.device))
+    RoomPlanTrainer(config, model, collator, samples, [], processes=processes, on_entry=metrics).train()
     metrics.close()
 
 
@@ -132,7 +149,7 @@ def train_hf(config: RunConfig, sizes: TextSizes, rows: list[list[int]], clock: 
     def collate(part: list[dict]) -> dict:
         return batch_of(sizes, [row["input_ids"] for row in part])
 
-    arguments = TrainingArguments(**_arguments(config), remove_unused_columns=False)
+    arguments = TrainingArguments(**hf_arguments(config), remove_unused_columns=False)
     model = peft_model(sizes)
     Trainer(model, arguments, collate, data, callbacks=[Marks(clock)]).train()
 
@@ -142,11 +159,9 @@ def train_trl(config: RunConfig, sizes: TextSizes, rows: list[list[int]], clock:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    hidden = [IGNORE_INDEX] * (sizes.length - sizes.num_supervised)
-    labels = [hidden + row[-sizes.num_supervised :] for row in rows]
-    data = Dataset.from_dict({"input_ids": rows, "labels": labels})
+    data = Dataset.from_dict({"input_ids": rows, "labels": labels_of(sizes, rows)})
     arguments = SFTConfig(
-        **_arguments(config),
+        **hf_arguments(config),
         max_length=None,
         gradient_checkpointing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
@@ -157,7 +172,40 @@ def train_trl(config: RunConfig, sizes: TextSizes, rows: list[list[int]], clock:
     ).train()
 
 
-def _arguments(config: RunConfig) -> dict:
+def train_llama_factory(config: RunConfig, sizes: TextSizes, rows: list[list[int]], clock: Clock) -> None:
+    """LLaMA-Factory's SFT stage with LoRA, on rows that are tokens already."""
+    from datasets import Dataset, DatasetDict
+    from llamafactory.train.tuner import run_exp
+
+    base, tokens, lora = config.run_dir / "base", config.run_dir / "rows", LoraSettings(rank=sizes.rank)
+    base_model(sizes).save_pretrained(base)
+    train_tokenizer([], vocab_size=0).save_pretrained(base)
+    masks = [[1] * sizes.length] * len(rows)
+    data = Dataset.from_dict({"input_ids": rows, "attention_mask": masks, "labels": labels_of(sizes, rows)})
+    DatasetDict({"train": data}).save_to_disk(tokens)
+    arguments = hf_arguments(config) | {
+        "stage": "sft",
+        "do_train": True,
+        "model_name_or_path": str(base),
+        "dataset": "rows",  # which has to have a name, though its tokens are there
+        "tokenized_path": str(tokens),
+        "template": "empty",
+        "finetuning_type": "lora",
+        "lora_rank": lora.rank,
+        "lora_alpha": round(lora.alpha),
+        "lora_dropout": lora.dropout,
+        "lora_target": ",".join(lora.target_modules),
+        "disable_gradient_checkpointing": True,
+    }
+    run_exp(arguments, [Marks(clock)])
+
+
+def labels_of(sizes: TextSizes, rows: list[list[int]]) -> list[list[int]]:
+    hidden = [IGNORE_INDEX] * (sizes.length - sizes.num_supervised)
+    return [hidden + row[-sizes.num_supervised :] for row in rows]
+
+
+def hf_arguments(config: RunConfig) -> dict:
     settings = config.training
     return {
         "output_dir": str(config.run_dir),
@@ -168,12 +216,12 @@ def _arguments(config: RunConfig) -> dict:
         "max_grad_norm": settings.max_grad_norm,
         "adam_beta2": 0.95,
         "lr_scheduler_type": "constant",
-        "logging_steps": WINDOW,
+        "logging_steps": settings.log_every_steps,
         "logging_first_step": True,
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        "use_cpu": True,
+        "use_cpu": settings.device == "cpu",
         "bf16": False,
         "optim": "adamw_torch",
         "seed": config.seed,
