@@ -140,7 +140,7 @@ def main(path: Path, sizes: list[int], limit: int | None) -> None:
     from roomplan_lib.training.processes import Processes, resolve_device
     from roomplan_lib.training.residence import resident_bytes
     from roomplan_lib.training.run import make_collator, make_model, make_tokenizer
-    from roomplan_lib.training.strategy import Replicated
+    from roomplan_lib.training.strategy import Replicated, compiled_layers
     from roomplan_lib.training.trainer import count_supervised, parameter_groups, to_device
 
     config = load_run_config(path)
@@ -160,7 +160,7 @@ def main(path: Path, sizes: list[int], limit: int | None) -> None:
     if cuda and config.data.features.resident == "device":
         limit -= resident_bytes(config, model, collator, samples)
     groups = parameter_groups(model, config)
-    strategy = Replicated(config, model, groups, Processes(device))
+    strategy = Replicated(config, model, groups, Processes(device), compiled_layers(config, model, device))
 
     def step(batch: dict) -> None:
         strategy.forward_backward(batch, count_supervised(batch), last=True)

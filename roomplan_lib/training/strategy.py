@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -32,9 +32,15 @@ class Replicated:
     """
 
     def __init__(
-        self, config: RunConfig | PretrainConfig, model: nn.Module, groups: list[dict], processes: Processes
+        self,
+        config: RunConfig | PretrainConfig,
+        model: nn.Module,
+        groups: list[dict],
+        processes: Processes,
+        compiled: Sequence[nn.Module] = (),
     ) -> None:
-        self.settings, self.processes = config.training, processes
+        """compiled: layers to compile, see `compiled_layers`."""
+        self.settings, self.processes, self.compiled = config.training, processes, compiled
         self.model = model.to(processes.device)
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         other = [name for name, p in self.trained.items() if p.dtype != torch.float32]
@@ -44,7 +50,6 @@ class Replicated:
         self.gradients, self.loss = self.buffer[:-1], self.buffer[-1:]
         for parameter, flat in zip(self.trained.values(), self.gradients.split(sizes), strict=True):
             parameter.grad = flat.view_as(parameter)
-        self.compiled = compiled_layers(config, self.model, processes.device)
         for layer in self.compiled:
             layer.compile()
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
@@ -283,5 +288,6 @@ def compiled_layers(config: RunConfig, model: RoomPlanVLM, device: torch.device)
 
 def make_strategy(config: RunConfig, model: RoomPlanVLM, groups: list[dict], processes: Processes):
     """The strategy that the settings name; one process alone holds everything unless ZeRO-3 is asked for."""
-    kind = Sharded if config.distributed.strategy == "zero3" else Replicated
-    return kind(config, model, groups, processes)
+    if config.distributed.strategy == "zero3":
+        return Sharded(config, model, groups, processes)
+    return Replicated(config, model, groups, processes, compiled_layers(config, model, processes.device))

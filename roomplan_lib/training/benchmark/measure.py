@@ -154,7 +154,7 @@ def _bare_loop(trainer: RoomPlanTrainer, batches: Iterator[dict]) -> dict:
     settings, model = trainer.config.training, trainer.model
     groups = parameter_groups(model, trainer.config)
     rates = [group["lr"] for group in groups]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     trained = [p for p in model.parameters() if p.requires_grad]
     model.train()
     clock = Clock(settings.log_every_steps)

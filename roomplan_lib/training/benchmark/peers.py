@@ -85,7 +85,9 @@ def train_bare(config: RunConfig, sizes: TextSizes, rows: list[list[int]], clock
     model = peft_model(sizes).train().to(device)
     decoder, head = model.get_base_model().model, model.get_base_model().lm_head
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, settings.learning_rate, (0.9, 0.95), weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(
+        trained, settings.learning_rate, (0.9, 0.95), weight_decay=settings.weight_decay, fused=True
+    )
     for step in range(settings.max_steps):
         batch = to_device(batch_of(sizes, rows[step * sizes.num_rows :][: sizes.num_rows]), device)
         labels = batch.pop("labels")[:, 1:]
