@@ -341,9 +341,9 @@ def test_bytes_of_a_checkpoint(tiny_config, tmp_path, variant):
     """AdamW's two moments and the weight itself, 12 bytes for each weight that is trained, and little else."""
     if variant != "ours":
         pytest.importorskip("deepspeed")
-    job = {"part": "checkpoint", "variant": variant, "config": to_dict(tiny_config), "steps": 10, "text": {}}
+    job = {"part": "checkpoint", "variant": variant, "config": to_dict(tiny_config), "steps": 10, "window": 10}
     place = tmp_path / "place"
     place.mkdir()
-    result = benchmark.run_job(job | {"folder": str(tmp_path / "runs"), "features": ""}, place, threads=1)
+    result = benchmark.run_job(job | {"text": {}, "folder": str(tmp_path / "runs"), "features": ""}, place, threads=1)
     exact = ADAM_BYTES * result["num_trained"]
     assert exact < result["bytes"] < (1.1 * exact if variant == "ours" else math.inf)
