@@ -32,9 +32,13 @@ quickstart: install ## rooms -> training -> predictions -> scores -> picture, on
 	@mkdir -p papermill_runs/quickstart
 	$(BIN)/papermill notebooks/03_train.ipynb papermill_runs/quickstart/03_train.ipynb \
 	  -f papermill_runs/params/tiny.yaml -p run_name quickstart --log-output --no-progress-bar
+	$(BIN)/roomplan predict papermill_runs/params/tiny.yaml --run-name quickstart --checkpoint roomplan-tiny
+	$(BIN)/roomplan score papermill_runs/params/tiny.yaml --run-name quickstart \
+	  --predictions papermill_runs/quickstart/predictions/roomplan-tiny
 	$(BIN)/python -m roomplan_lib.viz.readme $(DATA)/raw/rooms papermill_runs/quickstart figures
 	@echo "papermill_runs/quickstart/: 03_train.ipynb run.yaml metrics.jsonl predictions.jsonl scores.json"
-	@echo "figures/quickstart_anchors.png: predicted (orange) and true (blue) anchors"
+	@echo "papermill_runs/quickstart/predictions/roomplan-tiny/: the same of the model that comes with the package"
+	@echo "figures/roomplan-tiny_anchors.png, quickstart_anchors.png: predicted (orange) and true (blue) anchors"
 
 test: install lint ## the checks that CI runs
 	$(BIN)/python -m pytest -q -m 'not slow'

@@ -65,16 +65,30 @@ def rooms(
     num_rooms: Annotated[int, typer.Option(min=1, help="Every fifth is for validation.")] = 20,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     num_poses: Annotated[int, typer.Option(min=2, help="Posed views per room, 10 a second.")] = 24,
+    frame_rate: Annotated[
+        int | None,
+        typer.Option(help="Pictures per second, 10, 20 (default) .. 60; at 10 all have poses. ARKitScenes only."),
+    ] = None,
     layout: Annotated[
         Literal["arkitscenes", "scannet"],
         typer.Option(help="ARKitScenes 3DOD, or ScanNet with the files of ScanQA, SQA3D, ScanRefer, LLaVA and others."),
     ] = "arkitscenes",
+    unusual: Annotated[
+        bool,
+        typer.Option(
+            "--unusual", help="T and Z shapes, colours unseen elsewhere, 11 to 14 objects; all for validation."
+        ),
+    ] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; all cores when left out.")] = None,
 ) -> None:
     """Render procedural rooms; rooms that are there already are kept."""
     from roomplan_lib.scenes.rooms import write_rooms, write_scannet_rooms
 
     if layout == "scannet":
+        if unusual:
+            raise ValueError("--unusual: rooms in the layout of ScanNet are usual ones; leave one of the two out")
+        if frame_rate is not None:
+            raise ValueError("--frame-rate: scans in the layout of ScanNet have none; leave one of the two out")
         from roomplan_lib.samples.annotation_files import write_annotations
         from roomplan_lib.samples.conversations import write_conversations
 
@@ -82,7 +96,8 @@ def rooms(
         for path in [*write_annotations(output, seed), *write_conversations(output, seed)]:
             print(path)
     else:
-        folders = write_rooms(output, num_rooms, seed, num_poses=num_poses, workers=workers)
+        rate = {} if frame_rate is None else {"frame_rate": frame_rate}
+        folders = write_rooms(output, num_rooms, seed, num_poses=num_poses, workers=workers, unusual=unusual, **rate)
     print(f"{len(folders)} rooms in {output}")
 
 
@@ -94,7 +109,13 @@ def arkitscenes(
         typer.Option(help="Folder for a JSONL file per task and split; or FILE.jsonl for all tasks of --split."),
     ],
     split: Annotated[str | None, typer.Option(help="Training or Validation only; both when left out.")] = None,
-    tasks: Annotated[str, typer.Option(help="Any of anchors,qa,lists,negatives,planes,plans.")] = "anchors,qa",
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Any of anchors,qa,lists,negatives,planes,plans; or in place of qa some of its kinds: qa_existence,"
+            "qa_count,qa_color,qa_side,qa_nearest,qa_distance."
+        ),
+    ] = "anchors,qa",
     num_views: Annotated[int, typer.Option(min=1, help="Views per sample.")] = 8,
     strategy: Annotated[str, typer.Option(help="coverage, uniform or random.")] = "coverage",
     stop_ratio: Annotated[float, typer.Option(help="Coverage at which no more views are chosen; 1 = never.")] = 1.0,
@@ -113,9 +134,12 @@ def arkitscenes(
     one_file = output.suffix == ".jsonl"
     if one_file and split is None:
         raise ValueError(f"{output}: one file holds one split; say --split Training or Validation, or give a folder")
+    wanted = tasks.replace(" ", "").split(",")
+    if one_file and "qa" in wanted and any(task.startswith("qa_") for task in wanted):
+        raise ValueError(f"--tasks {tasks}: qa holds its kinds already, one file would have their questions twice")
     folder = output.with_name(f".{output.stem}") if one_file else output
     files = prepare_arkitscenes(
-        root, folder, split=split, tasks=tasks.replace(" ", "").split(","), num_views=num_views, strategy=strategy,
+        root, folder, split=split, tasks=wanted, num_views=num_views, strategy=strategy,
         stop_ratio=stop_ratio, view_sets=view_sets, interpolate=interpolate, negative_share=negative_share, seed=seed,
         exclude=exclude or (), skip_broken=skip_broken, workers=workers,
     )  # fmt: skip
@@ -453,11 +477,13 @@ def plan(
 def consolidate(
     run: Annotated[Path, typer.Argument(help="Folder of a run, a model folder or a checkpoint.")],
     output: Annotated[Path | None, typer.Option(help="Folder to make; beside the weights when left out.")] = None,
+    whole: Annotated[bool, typer.Option("--whole", help="Also the frozen pretrained weights, to carry away.")] = False,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the weights in the files.")] = "float32",
 ) -> None:
     """Write what a run has learned as one folder, and its LoRA adapters as peft alone reads them."""
     from roomplan_lib.training.consolidate import consolidate as write_folder
 
-    print(write_folder(run, output))
+    print(write_folder(run, output, whole=whole, dtype=dtype))
 
 
 @command
@@ -591,6 +617,18 @@ def score(
 
 
 @command
+def compare(
+    predictions: Annotated[list[Path], typer.Argument(help="Folders of runs, or predictions files.")],
+) -> None:
+    """Scores of several runs' predictions beside one another, a table per task."""
+    from roomplan_lib.evaluation.rows import file_scores, find_predictions, run_names
+    from roomplan_lib.viz import runs_table
+
+    files = run_names(find_predictions(predictions))
+    print(runs_table({name: file_scores(file) for name, file in files.items()}))
+
+
+@command
 def export(
     room: Annotated[
         Path,
@@ -673,9 +711,10 @@ def decoding(
 
 @command(app=benchmark, name="training")
 def benchmark_training(
-    params: Annotated[Path, typer.Option(help="Stage file whose model and sizes are trained.")] = Path(
-        "papermill_runs/params/tiny.yaml"
-    ),
+    params: Annotated[
+        Path | None,
+        typer.Option(help="Stage file whose model and sizes are trained; default: tiny, for cache tiny_rooms."),
+    ] = None,
     part: Annotated[
         list[str] | None,
         typer.Option(

@@ -33,6 +33,21 @@ class AugmentationConfig:
 
 
 @dataclass(frozen=True)
+class LossWeightsConfig:
+    """Weights of tokens in the training loss; all others weigh 1. The held-out loss knows none."""
+
+    # x and y of what an action places, down to decimetres: two of an action's eight numbers, and those that only seeing
+    # tells. Digits that nobody can see would drown them for the first ten thousands of samples.
+    places: float = 1.0
+    answers: float = 1.0  # answers to questions: two tokens beside an action's forty
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value <= 0:
+                raise ValueError(f"data.loss_weights.{name}: expected a number above 0, got {value:g}")
+
+
+@dataclass(frozen=True)
 class FeaturesConfig:
     folder: str = ""  # cache of the frozen encoder's outputs; data/... as in train_files; "" = encode in every step
     # In which the cache keeps them. int8 loses: one float32 scale per token, half the bytes of bfloat16.
@@ -69,6 +84,7 @@ class DataConfig:
     max_length: int = 384  # tokens of prompt + response; a longer sample is an error, never cut
     visual_first: bool = True  # visual tokens before the question (else after it)
     codec: Literal["m2", "cm", "rows"] = "m2"  # how actions write numbers: metres with 2 decimals, centimetres, rows
+    loss_weights: LossWeightsConfig = field(default_factory=LossWeightsConfig)
     cache_scenes: int = 4096  # decoded view sets kept in memory (uint8), 0 = decode every time
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     # Chance of each view but the first to be hidden from resampler and geometry tokens, per training sample. The
@@ -113,7 +129,9 @@ class ResamplerConfig:
     ffn_width: int = 512
     head_width: int = 32
     max_views: int = 32  # rows of the learned view embedding
-    kind: Literal["perceiver", "reference"] = "perceiver"  # reference: the layers of vggt-qwen3 checkpoints
+    # perceiver: learned latents read all patches. spatial: a visual token is the mean of a place's patches, through a
+    # perceptron of ffn_width; it learns from far fewer samples. reference: the layers of vggt-qwen3 checkpoints.
+    kind: Literal["perceiver", "spatial", "reference"] = "perceiver"
 
 
 # Resamplers at full size; `resampler_table` (model/describe.py) compares them.
@@ -136,7 +154,9 @@ class PositionsConfig:
     method: str = "mlp_pe"  # base | sin3d_pe | mlp_pe | a registered name
     coordinates: Literal["metric", "discrete"] = "metric"  # metres, or 0.1 m voxels as Video-3D-LLM
     width: int = 128  # hidden width of mlp_pe
-    source: Literal["depth", "vggt"] = "depth"  # sensor depth + pose, or VGGT's own points scaled by the known poses
+    # depth: sensor depth and known pose. vggt: VGGT's depth and cameras, brought to the known poses by a similarity.
+    # vggt_depth: VGGT's depth seen from the known poses, in metres by model.vggt.metres_per_unit where that is set.
+    source: Literal["depth", "vggt", "vggt_depth"] = "depth"
     position_encoding_dim: int = 0  # 0 = the patch tokens' width; another width gets a learned projection to it
     n_points: Literal[1, 2, 5, 9] = 1  # per patch: 1 mean, 2 minimum and maximum of each axis, 5 and 9 on a lattice
     min_valid_share: float = 0.0  # of a patch's pixels that need depth, or it has no coordinates; 0 = one is enough
@@ -191,6 +211,9 @@ class TrainingConfig:
     weight_decay: float = 0.01  # matrices only
     warmup_ratio: float = 0.05
     lr_scheduler: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    # muon: orthogonal updates for matrices (Jordan et al. 2024), AdamW for the rest. From random weights it found
+    # places in less than half of the samples (papermill_runs/README.md).
+    optimizer: Literal["adamw", "muon"] = "adamw"
     max_grad_norm: float = 1.0  # a longer gradient is scaled down to it, 0 = never
     explosion_factor: float = 20.0  # a loss above so many times the median of the last 50 stops the run, 0 = never
     bf16: bool = False
@@ -257,6 +280,11 @@ class RunConfig:
             raise ValueError(f"training.warmup_ratio: expected 0 to 1, got {training.warmup_ratio:g}")
         if self.distributed.num_processes < 0:
             raise ValueError(f"distributed.num_processes: expected 0 or more, got {self.distributed.num_processes}")
+        if training.optimizer == "muon" and self.distributed.strategy == "zero3":
+            raise ValueError(
+                "training.optimizer: muon works on whole matrices, which strategy zero3 divides; set it to adamw, or "
+                "distributed.strategy to ddp"
+            )
         if self.distributed.offload != "none" and self.distributed.strategy != "zero3":
             raise ValueError("distributed.offload: only strategy zero3 offloads; set it to none")
         if training.micro_batch_size % training.group_size:
@@ -329,6 +357,7 @@ class PretrainTrainingConfig:
     weight_decay: float = 0.05  # matrices only
     warmup_ratio: float = 0.05
     lr_scheduler: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    optimizer: Literal["adamw", "muon"] = "adamw"  # as in a stage
     max_grad_norm: float = 1.0  # a longer gradient is scaled down to it, 0 = never
     bf16: bool = True  # forward and backward pass under autocast; losses and weights stay float32
     log_every_steps: int = 20

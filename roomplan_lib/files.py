@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import secrets
@@ -42,6 +43,19 @@ def write_whole(path: str | Path, text: str) -> None:
     """Write `text` as UTF-8 by `new_file`."""
     with new_file(path) as file:
         file.write(text.encode())
+
+
+def flush_to_disk(*paths: Path) -> None:
+    """Returns once these files and folders are on their disk: until then a lost machine may take them with it."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that flush no folders
+                raise OSError(error.errno, error.strerror, str(path)) from error
+        finally:
+            os.close(descriptor)
 
 
 def file_hash(path: str | Path) -> str:

@@ -31,6 +31,7 @@ from roomplan_lib.actions import (
     format_action,
     parse_action,
 )
+from roomplan_lib.actions.text import place_digits
 from roomplan_lib.geometry import OrientedBox, box_iou_3d, rotation_z
 
 GOOD = (
@@ -243,6 +244,22 @@ def test_text_of_every_verb(action, text):
     assert parse_action(json.dumps(shuffled, indent=2)) == action
     assert parse_action(json.dumps(action_record(action))) == action
     assert action.bound("t").scene == "t" and action.bound("t").bound(action.scene) == action
+
+
+def test_digits_of_places():
+    anchor = PlaceAnchor("sofa", (-1.23, 0.5, 0.41), (0.8, 0.6, 0.0), (2.0, 0.9, 0.8))
+    wall = PlaceWall((0.04, -12.3), (3.0, 4.56), 0.0, 2.5)
+    found = {
+        "m2": ["[-1.2", ",0.5", "[0.0", ",-12.3", "[3.0", ",4.5"],
+        "rows": [",-1.2", ",0.5", ",0.0", ",-12.3"],
+        "cm": ["[-12", ",5", "[", ",-123", "[30", ",45"],
+    }
+    for codec, digits in found.items():
+        text = [format_action(action, codec) for action in (anchor, wall)]
+        assert [part[start:end] for part in text for start, end in place_digits(part, codec)] == digits
+        plan = format_action(PlanRoom((wall, anchor)), codec)
+        assert sorted(plan[start:end] for start, end in place_digits(plan, codec)) == sorted(digits)
+    assert place_digits("none of 1.23, 4.56", "m2") == []
 
 
 def test_text_of_the_other_codecs():

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import multiprocessing
 import os
@@ -22,7 +23,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from roomplan_lib.config import FeaturesConfig, LoraSettings, load_run_config, to_dict
 from roomplan_lib.files import file_hash
-from roomplan_lib.model.vlm import RoomPlanVLM
+from roomplan_lib.model.vggt import VGGT
+from roomplan_lib.model.vlm import RoomPlanVLM, vggt_settings
 from roomplan_lib.training import checkpoint as checkpoint_module
 from roomplan_lib.training import run as run_module
 from roomplan_lib.training import status as status_module
@@ -114,9 +116,10 @@ def stop_in(config, step):
 
 
 # ---------------------------------------------------------------------------- stopping and going on
-def test_a_stopped_run_repeats_the_uninterrupted_one_to_the_bit(config, tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_stopped_run_repeats_the_uninterrupted_one_to_the_bit(config, tmp_path, optimizer):
     """Losses, gradients and every weight, with dropout, and with log entries that cover steps of two starts."""
-    config = change(config, training={"log_every_steps": 4})
+    config = change(config, training={"log_every_steps": 4, "optimizer": optimizer})
     whole = train(change(config, runs_dir=str(tmp_path / "whole")))
     config = change(config, runs_dir=str(tmp_path / "cut"))
     (config.run_dir).mkdir(parents=True)
@@ -148,7 +151,7 @@ def test_signals_ask_for_a_stop_and_are_given_back(config, kind):
         train(config, lambda entry: entry["step"] == 2 and os.kill(os.getpid(), kind))
     assert [signal.getsignal(k) for k in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)] == before
     assert status(config.run_dir) | {"time": 0} == {
-        "status": "preempted", "step": 3, "max_steps": 10, "world_size": 1, "time": 0,
+        "status": "preempted", "step": 3, "max_steps": 10, "world_size": 1, "asked_by": kind.name, "time": 0,
     }  # fmt: skip
     assert names(config.run_dir) == ["checkpoint-3"]
 
@@ -419,6 +422,34 @@ def test_a_disk_that_is_full_at_the_end_is_told_and_the_run_then_finishes(config
     load_model_folder(train(config) / "model")
 
 
+def test_a_checkpoint_is_on_the_disk_before_an_older_one_goes(config, monkeypatch):
+    """A machine that is lost takes with it what its memory alone held; a disk that fails then is told as a full one."""
+    folder, flushed, fsync = config.run_dir / "checkpoints", [], os.fsync
+
+    def flush(descriptor):
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if path == folder and "checkpoint-6" in names(config.run_dir) and "checkpoint-6" not in flushed:
+            assert names(config.run_dir) == ["checkpoint-3", "checkpoint-6"]  # its name, too
+            flushed.append("checkpoint-6")
+        if path.parent.name == ".checkpoint-6.partial":
+            assert names(config.run_dir) == [".checkpoint-6.partial", "checkpoint-3"]
+            flushed.append(path.name)
+        if path.parent.name == ".checkpoint-9.partial":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    config = change(config, training={"keep_checkpoints": 1})
+    with pytest.raises(
+        OSError, match=r"checkpoint-9 could not be written \(Input/output error\).*checkpoint-6 is whole"
+    ):
+        train(config)
+    assert names(config.run_dir) == ["checkpoint-6"]
+    assert sorted(flushed) == sorted(
+        path.name for path in [folder / "checkpoint-6", *(folder / "checkpoint-6").iterdir()]
+    )
+
+
 # ---------------------------------------------------------------------------- bad steps, dead processes
 @pytest.mark.parametrize("value, what", [(float("nan"), "the loss is nan"), (float("inf"), "the loss is inf")])
 def test_a_loss_that_is_no_number_names_its_samples(config, monkeypatch, value, what):
@@ -465,7 +496,7 @@ def test_a_gradient_that_is_no_number_stops_the_run(config, monkeypatch):
     step = Replicated.step
 
     def poisoned(self, rates):
-        self.norm = float("inf") if next(iter(self.optimizer.state.values()), {}).get("step") == 3 else self.norm
+        self.norm = float("inf") if next(iter(self.optimizers[0].state.values()), {}).get("step") == 3 else self.norm
         return step(self, rates)
 
     monkeypatch.setattr(Replicated, "step", poisoned)
@@ -584,6 +615,24 @@ def test_parts_that_the_former_run_lacks_are_new_and_all_else_must_fit(config, c
             train(change(config, run_name="wrong", model=changes, training={"start_from": start_from}))
 
 
+def test_a_spatial_resampler_starts_from_one_of_other_places(config):
+    """No weight of it depends on how many places there are."""
+
+    def resampler(num_latents):
+        return {"resampler": dataclasses.replace(config.model.resampler, kind="spatial", num_latents=num_latents)}
+
+    first = train(change(config, run_name="first", training={"max_steps": 2}, model=resampler(8)))
+    later = change(config, run_name="later", training={"start_from": "first"}, model=resampler(12))
+    model = make_model(later, make_tokenizer(later, []))
+    learned, _ = load_model_folder(first / "model")
+    assert (learned.num_visual_tokens + 4, model.resampler.config.num_latents) == (model.num_visual_tokens, 12)
+    for key, value in learned.state_dict().items():
+        assert torch.equal(value, model.state_dict()[key]), key
+    other = dataclasses.replace(later.model.resampler, ffn_width=later.model.resampler.ffn_width * 2)
+    with pytest.raises(ValueError, match="model.resampler: .*'ffn_width'"):
+        train(change(later, model={"resampler": other}))
+
+
 def test_a_start_with_missing_weights_lists_them(config):
     train(change(config, run_name="first", training={"max_steps": 1}))
     file = config.run_dir.with_name("first") / "model" / "model.safetensors"
@@ -623,6 +672,29 @@ def test_a_run_becomes_one_folder_and_an_adapter_that_peft_alone_reads(config, t
     with pytest.raises(ValueError, match="no run with a trained model"):
         consolidate(tmp_path)
     assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_a_whole_folder_needs_nothing_else(config, tmp_path):
+    """The frozen encoder that a run names by its folder goes into the file, all of it in bfloat16."""
+    VGGT(vggt_settings(config.model)).save_pretrained(tmp_path / "vggt")
+    named = change(
+        config, model={"vggt_weights": str(tmp_path / "vggt"), "freeze_vggt": True}, training={"max_steps": 2}
+    )
+    run_dir = train(named)
+    trained, _ = load_model_folder(run_dir / "model")
+    folder = consolidate(run_dir, tmp_path / "whole", whole=True, dtype="bfloat16")
+    assert (folder / "run.yaml").read_bytes() == (run_dir / "run.yaml").read_bytes()
+    assert (folder / "metrics.jsonl").is_file() and not (folder / "scores.json").exists()
+    shutil.rmtree(tmp_path / "vggt")
+    with pytest.raises(ValueError, match="no such file or folder"):
+        load_model_folder(run_dir / "model")
+    model, _ = load_model_folder(folder)
+    state = model.state_dict()
+    assert not model.config.references and set(state) == set(trained.state_dict())
+    assert str(tmp_path) not in (folder / "config.json").read_text()
+    for key, value in trained.state_dict().items():
+        assert torch.equal(state[key].float(), value.bfloat16().float()), key
+    assert {value.dtype for value in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
 
 
 # ---------------------------------------------------------------------------- answers while a run trains

@@ -21,7 +21,7 @@ def run(*arguments):
     return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
-@pytest.mark.parametrize("name", ["rooms", "prepare", "validate", "train", "predict", "score"])
+@pytest.mark.parametrize("name", ["rooms", "prepare", "validate", "train", "predict", "score", "compare"])
 def test_every_command_explains_itself(name):
     result = run(name, "--help")
     assert result.exit_code == 0 and "Usage" in result.output
@@ -75,6 +75,10 @@ def test_train_predict_score_from_the_shell(tiny_config, tmp_path):
     assert run("predict", stage).exit_code == 0
     result = run("score", stage)
     assert result.exit_code == 0 and "constant" in result.output and "majority" in result.output
+    both = run("compare", Path(tiny_config.runs_dir) / "test", folder)
+    assert both.exit_code == 0, both.output
+    assert "| `test` " in both.output and "| `test_base_tokens-3` " in both.output
+    assert "no predictions there" in run("compare", tmp_path).stderr
 
 
 def test_notebook_runs_under_papermill(tiny_config, tmp_path):

@@ -84,8 +84,13 @@ def runs(sample_files, tmp_path_factory):
         "mixed": change(two, run_name="mixed", distributed={"strategy": "zero3"}),
         "bad": change(two, run_name="bad"),
         **{
-            f"{strategy} {end}": change(exact, run_name=f"{strategy} {end}", distributed={"strategy": strategy})
-            for strategy in ("ddp", "zero3")
+            f"{strategy} {end}": change(
+                exact,
+                run_name=f"{strategy} {end}",
+                distributed={"strategy": strategy},
+                training={"optimizer": optimizer},
+            )
+            for strategy, optimizer in (("ddp", "muon"), ("zero3", "adamw"))
             for end in ("whole", "cut")
         },
         "dead": change(two, run_name="dead", training={"save_every_steps": 1}),
@@ -167,7 +172,7 @@ def test_a_run_goes_on_with_other_processes_and_another_strategy(runs, single, c
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero3"])
 def test_stopped_processes_repeat_uninterrupted_ones_to_the_bit(runs, strategy):
-    """LoRA with dropout, stopped after steps 2 and 4 of 5, on as many processes each time."""
+    """LoRA with dropout, stopped after steps 2 and 4 of 5, on as many processes each time; replicas with Muon."""
     whole, cut = (runs[0][f"{strategy} {end}"].run_dir for end in ("whole", "cut"))
     for step in (2, 4):
         assert runs[1].count(f"{cut}: stopped on request after step {step} of 5") == 2  # both processes say so

@@ -25,7 +25,14 @@ from roomplan_lib.actions import (
 )
 from roomplan_lib.evaluation.baselines import NOISE_M, TrainingAnswers, most_similar, moved, quantised
 from roomplan_lib.evaluation.layout_metrics import floor_polygon
-from roomplan_lib.evaluation.predict import find_weights, first_scenes, other_scenes, predict, predict_run
+from roomplan_lib.evaluation.predict import (
+    find_weights,
+    first_scenes,
+    first_view,
+    other_scenes,
+    predict,
+    predict_run,
+)
 from roomplan_lib.evaluation.scores import (
     ActionAnswer,
     anchor_error,
@@ -38,7 +45,7 @@ from roomplan_lib.evaluation.scores import (
     score_run,
 )
 from roomplan_lib.geometry import OrientedBox, box_iou_3d
-from roomplan_lib.samples import read_samples
+from roomplan_lib.samples import read_samples, record_faults
 from roomplan_lib.samples.targets import reference_action, response_text, scene_action
 from roomplan_lib.training.collator import load_samples
 from roomplan_lib.training.run import make_collator, make_model, make_tokenizer, train
@@ -385,6 +392,16 @@ def test_controls_change_what_is_shown(base):
     own = collator(samples[:1], generate=True)
     assert (batch["input_ids"] == own["input_ids"]).all()  # the same question
     assert not np.array_equal(batch["pixel_values"][0], own["pixel_values"][0])
+    first = collator(samples[:1], generate=True, views=[first_view(samples[0])])
+    assert (first["input_ids"] == own["input_ids"]).all()
+    for key in ("pixel_values", "geometry_records", *(k for k in ("patch_coordinates", "patch_valid") if k in own)):
+        assert len(own[key][0]) > 1 and len(first[key][0]) == 1
+        assert (first[key][0] == own[key][0][:1]).all(), key
+    assert not list(record_faults(first_view(samples[0]).record))
+    alone = predict(model, tokenizer, collator, samples[:2], control="one_view", max_new_tokens=2)
+    assert [row["reference"] for row in alone] == [
+        row["reference"] for row in predict(model, tokenizer, collator, samples[:2], max_new_tokens=2)
+    ]
 
 
 def test_predicted_actions_return_to_the_scene_frame(base, monkeypatch):
@@ -458,11 +475,16 @@ def test_damaged_predictions_are_named_and_made_again(tiny_config):
 
 
 def test_settings_of_the_run_choose_the_controls(tiny_config):
-    config = dataclasses.replace(tiny_config, prediction=dataclasses.replace(tiny_config.prediction, controls=()))
+    config = dataclasses.replace(
+        tiny_config, prediction=dataclasses.replace(tiny_config.prediction, controls=("one_view",))
+    )
     train(config)
     folder = predict_run(config)
-    assert [path.name for path in folder.glob("predictions*.jsonl")] == ["predictions.jsonl"]
-    assert not {"blind", "shuffled"} & set(score_run(config)["anchors"])
+    assert {path.name for path in folder.glob("predictions*.jsonl")} == {
+        "predictions.jsonl", "predictions_one_view.jsonl"
+    }  # fmt: skip
+    scores = score_run(config)["anchors"]
+    assert not {"blind", "shuffled"} & set(scores) and "one_view" in scores
 
 
 @pytest.mark.parametrize("text", ["", "garbage", '{"action":"place_anchor"}'])

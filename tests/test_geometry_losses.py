@@ -75,6 +75,21 @@ def test_targets_do_not_depend_on_scale_or_world():
         torch.testing.assert_close(after[name], value, atol=2e-5, rtol=2e-5, msg=name)
 
 
+def test_targets_of_a_fixed_unit_are_metres_over_it():
+    depth, K, poses = known()
+    free, fixed = geometry_targets(depth, K, poses), geometry_targets(depth, K, poses, 2.5)
+    assert fixed["unit"].tolist() == [2.5]
+    torch.testing.assert_close(fixed["depth"], depth / 2.5)
+    torch.testing.assert_close(fixed["world_points"] * 2.5, free["world_points"] * free["unit"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(fixed["pose_enc"][..., :3] * 2.5, free["pose_enc"][..., :3] * free["unit"])
+    torch.testing.assert_close(fixed["pose_enc"][..., 3:], free["pose_enc"][..., 3:])
+    far = {"depth": 1.2 * fixed["depth"][..., None]}
+    errors = geometry_errors(far, fixed, 2.5)
+    assert errors["depth_metric_abs_rel"].item() == pytest.approx(0.2, abs=1e-5)
+    assert errors["depth_abs_rel"].item() == pytest.approx(0, abs=1e-5)
+    assert "depth_metric_abs_rel" not in geometry_errors(far, free)
+
+
 def test_a_set_without_depth_is_refused():
     depth, K, poses = known()
     with pytest.raises(ValueError, match="no valid depth"):

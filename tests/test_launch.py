@@ -104,7 +104,7 @@ def started(config, tmp_path):
 def test_two_processes_train_and_tell(tiny_config, capfd):
     """Interrupted by the notebook's user after a step, then trained to the end: every entry and line arrives once."""
     config = changed(tiny_config)
-    told = []
+    told, before = [], signal.getsignal(signal.SIGINT)  # ignored in a suite that a shell runs in the background
 
     def interrupt(entry):
         told.append(entry)
@@ -115,10 +115,11 @@ def test_two_processes_train_and_tell(tiny_config, capfd):
         launch(config, interrupt)
     stopped_at = status(config.run_dir)["step"]
     assert 1 <= stopped_at < 6 and status(config.run_dir)["status"] == "preempted"
+    assert status(config.run_dir)["asked_by"] == "STOP file"
     assert not (config.run_dir / "STOP").exists()
     assert list_checkpoints(config.run_dir / "checkpoints")[-1].name == f"checkpoint-{stopped_at}"
     assert told == entries(config.run_dir)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
     told_later = []
     assert launch(config, told_later.append) == config.run_dir
@@ -189,6 +190,8 @@ Root Cause (first observed failure):
         ([(1, 5.0, "", "peer is gone", True), (0, 6.0, "ValueError", "bad sample", False)], "", 1, "^bad sample$"),
         ([(1, 5.0, "ValueError", "first", False), (0, 6.0, "ValueError", "second", False)], "", 1, "^first$"),
         ([(0, 5.0, "", "peer is gone", True)], KILLED, 1, "rank 1 was killed by SIGKILL"),
+        ([(0, 5.0, "", "peer is gone", True)], "", 1, r"rank 0 lost a silent process.* \(peer is gone\)\nTraceback"),
+        ([(k, 5.0 + k, "", "CUDA error", True) for k in (0, 1)], "", 1, "rank 0 failed\nTraceback of CUDA error"),
         (
             [(0, 5.0, "", "a bug", False)],
             KILLED,
@@ -196,21 +199,24 @@ Root Cause (first observed failure):
             "rank 0 failed\nTraceback of a bug",
         ),  # the other hung and was ended
         ([], "", -9, "the launcher of its processes was killed by SIGKILL"),
+        ([], "", 137, "the launcher of its processes was killed by SIGKILL"),  # by srun's word
+        ([], "out of memory", 253, "the processes ended with exit status 253\nout of memory"),
         ([], "no such option", 2, "the processes ended with exit status 2\nno such option"),
     ],
 )
 def test_the_reason_is_told_apart_from_its_consequences(tmp_path, reports, lines, returncode, expected):
     for rank, second, kind, message, in_exchange in reports:
         report = {"rank": rank, "time": second, "kind": kind, "message": message, "in_exchange": in_exchange}
+        report["lost"] = in_exchange and message == "peer is gone"
         report["traceback"] = f"Traceback of {message}"
         (tmp_path / f"rank-{rank}.json").write_text(json.dumps(report))
     running = {"status": "running", "step": 3, "max_steps": 9, "world_size": 2, "time": ""}
     (tmp_path / "status.json").write_text(json.dumps(running))
     with pytest.raises((RuntimeError, ValueError), match=expected):
-        launching._raise_failure(tmp_path, tmp_path, lines.splitlines(), returncode)
+        launching._raise_failure(tmp_path, tmp_path, lines.splitlines(), returncode, 2, True)
     told = status(tmp_path)
     assert told["status"] == "failed" and told["step"] == 3
-    assert (told.get("signal") == 9) == ("killed" in expected)
+    assert (told.get("signal") == 9) == ("killed" in expected) and ("lost" in told) == ("lost" in expected)
 
 
 def test_a_run_that_another_one_was_refused_in_keeps_its_status(tmp_path):
@@ -219,7 +225,7 @@ def test_a_run_that_another_one_was_refused_in_keeps_its_status(tmp_path):
     report = {"rank": 0, "time": 1.0, "kind": "ValueError", "message": "other settings", "in_exchange": False}
     (tmp_path / "rank-0.json").write_text(json.dumps(report | {"traceback": "Traceback"}))
     with pytest.raises(ValueError, match="other settings"):
-        launching._raise_failure(tmp_path, tmp_path, [], 1)
+        launching._raise_failure(tmp_path, tmp_path, [], 1, 2, False)
     assert status(tmp_path) == finished
 
 
@@ -445,3 +451,33 @@ def test_debug_looks_for_anomalies_in_one_process(tiny_config):
     assert seen == [(True, True)]
     assert (torch.is_anomaly_enabled(), torch.are_deterministic_algorithms_enabled()) == (False, False)
     assert yaml.safe_load((config.run_dir / "run.yaml").read_text())["data"]["num_workers"] == 0
+
+
+@pytest.mark.parametrize(
+    "message, in_exchange",
+    [
+        ("gloo/pair.cc: Connection closed by peer [127.0.0.1]:1", True),
+        ("[Rank 0]: Ranks 1 failed to pass monitoredBarrier in 1800000 ms", True),
+        ("NCCL error: remote process exited or there was a network error", True),
+        ("NCCL error: unhandled cuda error, out of memory", False),
+        ("no such key", False),
+    ],
+)
+def test_a_lost_process_is_told_from_a_failure(tiny_config, tmp_path, monkeypatch, message, in_exchange):
+    """DeepSpeed waits for the others outside torch's module of collectives, so its traceback does not name that."""
+
+    def fail(config):
+        raise RuntimeError("another process of this run is gone or hangs") from RuntimeError(message)
+
+    monkeypatch.setattr("roomplan_lib.training.run.train", fail)
+    monkeypatch.setenv("RANK", "1")
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(to_dict(tiny_config)))
+    monkeypatch.setattr(launching, "die_with_parent", lambda parent: None)  # this process is no rank
+    with open(tmp_path / "out", "w") as out:  # pytest's own streams cannot be set to whole lines
+        for name in ("stdout", "stderr"):
+            monkeypatch.setattr(launching.sys, name, out)
+        assert launching.main(path) == 1
+        monkeypatch.undo()
+    report = json.loads((tmp_path / "rank-1.json").read_text())
+    assert report["in_exchange"] is in_exchange and report["lost"] is in_exchange

@@ -15,7 +15,7 @@ from torch import nn
 from roomplan_lib.config import LanguageModelConfig, PositionsConfig, ResamplerConfig, RunConfig, parse
 from roomplan_lib.geometry import unproject
 from roomplan_lib.model import positions as positions_module
-from roomplan_lib.model.geometry_tokens import record_poses
+from roomplan_lib.model.geometry_tokens import normalise_records, record_intrinsics, record_poses
 from roomplan_lib.model.positions import (
     align_cameras,
     build_positions,
@@ -197,6 +197,66 @@ def test_vggt_points_of_a_patch_equal_those_of_depth(n_points):
         assert np.abs(got[0, view].numpy() - expected).max() < 1e-4
 
 
+@pytest.mark.parametrize("n_points", [1, 2, 9])
+def test_vggt_depth_from_known_cameras_is_that_of_a_sensor(n_points):
+    """Depth in units of 2.5 m; cameras that VGGT gets wrong do no harm."""
+    known = camera_path(3)
+    height, width, patch = 30, 45, 15
+    intrinsics = torch.tensor([[41.0, 0, 20], [0, 43.0, 16], [0, 0, 1]], dtype=torch.float64)
+    depth = torch.rand(3, height, width, dtype=torch.float64) * 3 + 1
+    predictions = {"depth": depth[None, ..., None].float() / 2.5}
+    K = intrinsics.expand(1, 3, 3, 3).float()
+    shape = (height, width), patch, n_points, 0.0, K
+    got, valid = vggt_patch_coordinates(predictions, known[None].float(), *shape, 2.5)
+    assert valid.all()
+    for view in range(3):
+        points, mask = unproject(depth[view].numpy(), intrinsics.numpy(), known[view].numpy())
+        expected, _ = patch_coordinates(points, mask, (2, 3), n_points)
+        assert np.abs(got[0, view].numpy() - expected).max() < 1e-4
+    # Of no fixed unit: the spread of the predicted centres against that of the known ones tells it.
+    vggt = known.clone()
+    vggt[:, :3, 3] /= 2.5
+    wrong = vggt.clone()
+    wrong[:, :3, :3] = wrong[[1, 2, 0], :3, :3]
+    encoding = cameras_to_pose_encoding(torch.linalg.inv(wrong)[:, :3], intrinsics.expand(3, 3, 3), (height, width))
+    again, _ = vggt_patch_coordinates(predictions | {"pose_enc": encoding[None].float()}, known[None].float(), *shape)
+    assert torch.allclose(again, got, atol=1e-4)
+
+
+def test_positions_from_vggts_depth_read_the_depth_head_alone():
+    fields, positions = SETTINGS.vggt, PositionsConfig("mlp_pe", width=16, source="vggt_depth")
+    both = make(vggt=fields | {"metres_per_unit": 0.0}, positions=positions)
+    assert both.encoder.config.heads == ("camera", "depth")
+    model = make(vggt=fields | {"metres_per_unit": 2.5}, positions=positions).eval()
+    assert model.encoder.config.heads == ("depth",)
+    batch = make_batch(model, (3, 3), (9, 6))
+    batch["has_geometry"][:] = True
+    for records in batch["geometry_records"]:
+        records[:, 12:16] = torch.tensor([0.9, 1.3, 0.45, 0.55])
+    seen = []
+    model.positions.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    logits_of(model, batch)
+    records = torch.stack(batch["geometry_records"])
+    depth = model.encoder(torch.stack(batch["pixel_values"]).float() / 255, heads=("depth",))["depth"]
+    K = record_intrinsics(records, (28, 42))
+    for s in range(2):
+        for v in range(3):
+            points, mask = unproject(
+                2.5 * depth[s, v, ..., 0].detach().double().numpy(), K[s, v].double().numpy(),
+                record_poses(records)[s, v].double().numpy(),
+            )  # fmt: skip
+            expected, _ = patch_coordinates(points, mask, (2, 3))
+            assert np.abs(seen[0][s, v].numpy() - expected).max() < 1e-3
+
+
+def test_intrinsics_of_a_record_are_those_it_was_made_from():
+    K = torch.tensor([[[41.0, 0, 20], [0, 43.0, 16], [0, 0, 1]]])
+    records = normalise_records(torch.eye(4)[None], K, (45, 30), torch.zeros(1, 16))
+    assert torch.allclose(record_intrinsics(records, (30, 45)), K, atol=1e-5)
+    half = torch.tensor([[[20.5, 0, 9.75], [0, 21.5, 7.75], [0, 0, 1]]])  # the same camera, a picture of half the size
+    assert torch.allclose(record_intrinsics(records, (15, 22.5)), half, atol=1e-5)
+
+
 def test_alignment_equals_umeyama_and_survives_noise():
     known = camera_path(6)
     truth = camera_path(3)[1]
@@ -228,7 +288,7 @@ def test_positions_from_vggts_own_points():
     with torch.no_grad():  # an untrained camera head puts all cameras in one place
         model.encoder.camera_head.pose_branch.fc2.weight.normal_()
     batch = make_batch(model, (3, 3), (9, 6))
-    with pytest.raises(ValueError, match="model.positions.source is vggt, whose points have no metric scale"):
+    with pytest.raises(ValueError, match="source is vggt, whose points belong to no known frame"):
         model(**batch)
     batch["has_geometry"][:] = True
     seen = []
@@ -375,6 +435,23 @@ def test_position_encoding_dim_is_the_width_of_what_it_is_added_to(tmp_path):
     assert torch.equal(RoomPlanVLM.from_pretrained(tmp_path / "saved").positions.projection.weight, projection.weight)
     with pytest.raises(ValueError, match="position_encoding_dim: expected 0 or at least 3"):
         build_positions(PositionsConfig("sin3d_pe", position_encoding_dim=2), 64)
+
+
+@pytest.mark.parametrize("method", ["mlp_pe", "sin3d_pe"])
+@pytest.mark.parametrize("n_points", [1, 2])
+def test_sums_of_encodings_equal_encodings_that_are_summed(method, n_points):
+    torch.manual_seed(0)
+    config = PositionsConfig(method, width=16, n_points=n_points)
+    encoder = build_positions(config, 24).double()
+    coordinates = torch.randn(2, 3, 4, *((n_points,) if n_points > 1 else ()), 3, dtype=torch.float64)
+    valid, shares = torch.rand(2, 3, 4) > 0.3, torch.rand(2, 5, 12, dtype=torch.float64)
+    expected = shares @ encode_positions(encoder, config, coordinates, valid).flatten(1, 2)
+    sums = encode_positions(encoder, config, coordinates, valid, shares)
+    assert sums.shape == (2, 5, 24) and torch.allclose(sums, expected, atol=1e-6)
+    weights = list(encoder.parameters())
+    found = [torch.autograd.grad(y.square().sum(), weights) for y in (sums, expected)] if weights else []
+    for a, b in zip(*found, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5)
 
 
 def test_encodings_are_computed_in_float32():

@@ -376,6 +376,7 @@ LEARNED = {
     "training.weight_decay": 0.5,
     "training.warmup_ratio": 0.5,
     "training.lr_scheduler": "linear",
+    "training.optimizer": "muon",
     "training.max_grad_norm": 0.01,
     "training.bf16": False,
 }

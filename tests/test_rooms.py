@@ -7,13 +7,17 @@ import json
 
 import numpy as np
 import pytest
+import shapely
 from PIL import Image
 from scipy.spatial.transform import Rotation
+from typer.testing import CliRunner
 
 pytest.importorskip("open3d", reason="rooms are rendered with Open3D", exc_type=ImportError)
 
+from roomplan_lib.cli import app
 from roomplan_lib.geometry import box_corners, box_intersection_volume
 from roomplan_lib.scenes import CATEGORIES
+from roomplan_lib.scenes.arkitscenes import scene_membership
 from roomplan_lib.scenes.rooms import make_room, write_rooms
 from roomplan_lib.scenes.rooms.render import RoomRenderer
 from roomplan_lib.scenes.rooms.shapes import PALETTE, Shape, material
@@ -210,6 +214,29 @@ def test_furniture_stands_free_and_in_the_room():
     assert seen == set(CATEGORIES)
 
 
+def test_unusual_rooms_are_like_no_other(tmp_path):
+    """Shapes, colours and numbers of objects that no usual room has; still furnished as rooms are."""
+    usual = [make_room(11, k) for k in range(60)]
+    colors = {(o.label, o.color) for room in usual for o in room.objects}
+    for k in range(15):
+        room = make_room(11, k, unusual=True)
+        floor = shapely.Polygon(room.polygon)
+        assert len(room.polygon) == 8 > max(len(other.polygon) for other in usual) and floor.exterior.is_ccw
+        assert len(room.objects) > max(len(other.objects) for other in usual)
+        new = [(o.label, o.color) for o in room.objects if o.label != "tv_monitor"]
+        assert new and colors.isdisjoint(new)
+        for i, o in enumerate(room.objects):
+            corners = (box_corners(o.box) - room.room_to_world[:3, 3]) @ room.room_to_world[:3, :3]
+            assert floor.buffer(1e-6).contains(shapely.MultiPoint(corners[:, :2]).convex_hull)
+            assert (corners[:, 2] > -1e-6).all() and (corners[:, 2] < room.height).all()
+            for other in room.objects[:i]:
+                assert box_intersection_volume(o.box, other.box) < 1e-6, (k, o.label, other.label)
+    folder = write_rooms(tmp_path / "unusual", 1, 11, num_poses=2, image_size=(64, 48), unusual=True, progress=False)[0]
+    assert folder.parent.name == "Validation" and scene_membership(folder)[0] == "val"
+    sidecar = json.loads((folder / f"{folder.name}_room.json").read_text())
+    assert sidecar["settings"]["unusual"] and len(sidecar["polygon"]) == 8
+
+
 def test_views_are_open(written):
     for folder in written[1]:
         for depth, ids, _, _ in _views(folder):
@@ -357,3 +384,18 @@ def test_a_ray_that_slips_between_faces_is_cast_again():
     again, ids_again = renderer.trace(K, pose, (32, 24))
     assert renderer._scene.calls == 2
     assert np.abs(again - depth).max() < 0.01 and (ids_again != ids).sum() <= 1
+
+
+def test_the_command_takes_a_frame_rate(tmp_path):
+    def run(*options):
+        arguments = ["rooms", "--output", str(tmp_path), "--num-rooms", "1", "--num-poses", "3", "--workers", "1"]
+        return CliRunner().invoke(app, [*arguments, *options])
+
+    for rate, reason in (("15", "expected 10, 20, .. 60 pictures per second"), ("10", "layout of ScanNet have none")):
+        layout = ["--layout", "scannet"] if rate == "10" else []
+        refused = run("--frame-rate", rate, *layout)
+        assert refused.exit_code == 1 and reason in refused.stderr and not list(tmp_path.iterdir())
+    assert run("--frame-rate", "10").exit_code == 0
+    (folder,) = tmp_path.glob("*/*/*_frames")
+    poses = (folder / "lowres_wide.traj").read_text().splitlines()
+    assert len(list((folder / "lowres_wide").iterdir())) == len(poses) == 3

@@ -674,6 +674,20 @@ def test_every_task_and_view_set_is_good(raw, capsys):
     assert again["lists_val"].read_bytes() == first["lists_val"]
 
 
+def test_kinds_of_questions_have_files_of_their_own_when_asked_for(raw):
+    """The files of all kinds hold the records of `qa`, word for word."""
+    from roomplan_lib.samples.qa import QA_TASKS
+
+    files = prepare(raw, tasks=["qa", *QA_TASKS])
+    for split in ("train", "val"):
+        kinds = {task: list(read_samples(files[f"{task}_{split}"])) for task in QA_TASKS if f"{task}_{split}" in files}
+        assert len(kinds) > 2 and all(record["task"] == task for task in kinds for record in kinds[task])
+        together = {record["question_id"]: record for record in itertools.chain(*kinds.values())}
+        assert together == {record["question_id"]: record for record in read_samples(files[f"qa_{split}"])}
+        assert len(together) == sum(map(len, kinds.values()))
+    assert validate_file(files["qa_side_val"]) == []
+
+
 def test_task_without_samples_has_no_file(raw, capsys):
     for scene_id, fold in (("42444499", "Training"), ("42444500", "Training"), ("42444501", "Validation")):
         write_scene(

@@ -1,13 +1,14 @@
 """Questions that share a prefix are what they are alone: losses, gradients, and the tokens that are written."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from roomplan_lib.actions.decoding import GrammarEngine
-from roomplan_lib.config import LoraSettings
+from roomplan_lib.config import LoraSettings, LossWeightsConfig
 from roomplan_lib.model import vlm
 from roomplan_lib.model.attention import OF_TEXT
 from roomplan_lib.model.generation import Prompt, generate_texts
@@ -17,6 +18,7 @@ from roomplan_lib.training.answers import prompt_of
 from roomplan_lib.training.collator import load_samples
 from roomplan_lib.training.metrics import read_metrics
 from roomplan_lib.training.run import make_collator, make_model, make_tokenizer, train
+from roomplan_lib.training.trainer import count_supervised
 
 
 def changed(config, **sections):
@@ -67,12 +69,15 @@ def backward(model, batch):
 
 
 @pytest.mark.parametrize(
-    "name", ["tiny", "without geometry tokens", "without positions", "LoRA, frozen encoder", "hidden views"]
+    "name",
+    ["tiny", "without geometry tokens", "without positions", "LoRA, frozen encoder", "hidden views", "weighted tokens"],
 )
 @pytest.mark.parametrize("size", [1, 4, 8, 16])
 def test_grouped_equals_ungrouped(tiny_config, name, size):
     """Loss and every gradient within 1e-5, relative, in float32."""
     config = changed(variant(tiny_config, name), data={"view_dropout": 0.5 if name == "hidden views" else 0.0})
+    if name == "weighted tokens":
+        config = changed(config, data={"loss_weights": LossWeightsConfig(3.0, 5.0)})
     model, collator, samples = make(config)
     chosen = [dataclasses.replace(s, draw=7) for s in ragged(samples, size)]
     batch = collator(chosen)
@@ -108,6 +113,47 @@ def test_the_sum_over_questions_alone(tiny_config):
     assert loss == pytest.approx(total, rel=1e-5)
     for key, gradient in gradients.items():
         assert (gradient - alone[key]).norm() <= 1e-5 * alone[key].norm() + 1e-9, key
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_weighted_tokens_count_so_many_times(tiny_config, shares, monkeypatch):
+    """The loss against logits of the same rows, weighted by the characters that the tokens stand for."""
+    config = changed(tiny_config, data={"loss_weights": LossWeightsConfig(3.0, 5.0)})
+    model, collator, samples = make(config)
+    scene = [s for s in samples if s.record["scene_id"] == samples[0].record["scene_id"]]
+    actions, questions = ([s for s in scene if key in s.record][:3] for key in ("instruction", "question"))
+    chosen = [dataclasses.replace(s, draw=1) for s in actions + questions]
+    batch = collator(chosen)
+    if not shares:
+        del batch["shared_prefix"]
+    rest = {k: v for k, v in batch.items() if k not in ("labels", "loss_weights", "shared_prefix")}
+    log_shares = model(**rest).logits.log_softmax(-1)
+    total = weight = 0.0
+    kinds = set()
+    for row, sample in enumerate(chosen):
+        ids = batch["labels"][row]
+        ids = ids[ids >= 0].tolist()
+        start = int((batch["labels"][row] >= 0).nonzero()[0])
+        text = collator.tokenizer.decode(ids[:-1])
+        centers = re.finditer(r'"center":(\[-?\d+\.\d)\d(,-?\d+\.\d)\d,', text)
+        spans = [center.span(k) for center in centers for k in (1, 2)]
+        assert len(spans) == 2 * ("instruction" in sample.record)
+        for place, token in enumerate(ids):
+            at, after = (len(collator.tokenizer.decode(ids[:n])) for n in (place, place + 1))
+            own = 3.0 if any(first < after and at < end for first, end in spans) else 1.0
+            if "question" in sample.record:
+                own = 5.0 if place < len(ids) - 1 else 1.0
+            kinds.add(own)
+            total -= own * log_shares[row, start + place - 1, token].item()
+            weight += own
+    assert kinds == {1.0, 3.0, 5.0}
+    assert count_supervised(batch) == pytest.approx(weight)
+    assert model(**batch).loss.item() == pytest.approx(total / weight, rel=1e-5)
+    assert model(**batch, num_items_in_batch=7).loss.item() == pytest.approx(total / 7, rel=1e-5)
+    monkeypatch.setattr(vlm, "LOGITS_AT_ONCE", 4 * len(collator.tokenizer))
+    assert model(**batch).loss.item() == pytest.approx(total / weight, rel=1e-5)
+    held_out = collator([dataclasses.replace(s, draw=None) for s in chosen])
+    assert "loss_weights" not in held_out and "weights" not in held_out.get("shared_prefix", {})
 
 
 def test_a_question_sees_no_other(tiny_config):
@@ -168,9 +214,13 @@ def who_sees_whom(layout, lengths):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
-def test_attention_by_question_equals_a_dense_mask_and_flex_attention():
+@pytest.mark.parametrize("ragged", [1.0, 1.5, 2.0])
+def test_attention_by_question_equals_a_dense_mask_and_flex_attention(ragged, monkeypatch):
+    """All view sets at once, and one by one where that saves enough scores."""
+    monkeypatch.setattr("roomplan_lib.model.shared_prefix.RAGGED", ragged)
     generator = torch.Generator().manual_seed(0)
     layout, lengths = random_layout(generator)
+    assert len(layout.by_view_set) == (3 if ragged < 2 else 0)  # 594 scores against 330
     places, mask = who_sees_whom(layout, lengths)
     assert layout.num_tokens == len(places)
     assert layout.position_ids().tolist() == [t for _, _, t in places]
@@ -192,6 +242,28 @@ def test_attention_by_question_equals_a_dense_mask_and_flex_attention():
         flex, _ = attend(None, *filled, None, prefix_layout=layout.with_block_mask(64), scaling=0.3)
     assert torch.allclose(flex[:, : len(places)], dense.transpose(1, 2), atol=1e-12)
     assert flex.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["causal", "padded", "added"])
+def test_attention_of_rows_equals_fused_attention(kind):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(heads):
+        return torch.randn(3, heads, 9, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+
+    states, mask = [draw(4), draw(2), draw(2)], None
+    if kind != "causal":
+        mask = torch.ones(9, 9, dtype=torch.bool).tril().expand(3, 1, 9, 9).clone()
+        mask[1, :, :, 6:] = False
+        mask = mask if kind == "padded" else torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, -1e9)
+    dense = F.scaled_dot_product_attention(
+        *states, attn_mask=mask, is_causal=mask is None, scale=0.3, enable_gqa=True
+    ).transpose(1, 2)
+    attended, _ = attend(None, *states, mask, scaling=0.3)
+    assert torch.allclose(attended, dense, atol=1e-12)
+    weight = torch.randn(dense.shape, generator=generator, dtype=torch.float64)
+    for a, b in zip(*(torch.autograd.grad((y * weight).sum(), states) for y in (attended, dense)), strict=True):
+        assert torch.allclose(a, b, atol=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")

@@ -4,7 +4,9 @@ import copy
 import dataclasses
 import hashlib
 import json
+import os
 import re
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 from roomplan_lib.cli import app
 from roomplan_lib.config import RunConfig, load_run_config, parse
@@ -27,7 +30,14 @@ from roomplan_lib.training.collator import load_samples
 from roomplan_lib.training.launch import group_command, processes_per_node
 from roomplan_lib.training.metrics import read_metrics
 from roomplan_lib.training.plan import planned_model
-from roomplan_lib.training.run import load_model_folder, make_collator, make_model, make_tokenizer, train
+from roomplan_lib.training.run import (
+    changed_settings,
+    load_model_folder,
+    make_collator,
+    make_model,
+    make_tokenizer,
+    train,
+)
 
 FOLDER = Path(__file__).parents[1] / "papermill_runs" / "params"
 PARAMS = sorted(path for path in FOLDER.glob("*.yaml") if "pretrain" not in path.stem)  # those: test_pretrain.py
@@ -39,9 +49,73 @@ STAGES = {path.stem: path for path in PARAMS}
 
 def test_the_stages_are_there():
     names = {"stage1_sft", "stage2_3d", "stage3_arkit", "stage1_mini", "stage2_mini", "stage3_mini"}
-    assert names | {"tiny", "tiny_short", "tiny_actions"} <= STAGES.keys()
+    assert names | {"tiny", "tiny_short", "tiny_actions", "tiny_rooms", "tiny_colors", "tiny_plans"} <= STAGES.keys()
     for name, path in STAGES.items():
         assert load_run_config(path).run_name == name
+
+
+def benchmark_commands(folder, *arguments):
+    """What papermill_runs/tiny_benchmark.sh asks of `roomplan`, one list a command, and how the script ended.
+
+    The command that it finds is one of the shell's own that writes down what it was asked, then prints a path, which
+    `stage` does: no environment's scripts are needed.
+    """
+    asked, command = folder / "asked", folder / "bin" / "roomplan"
+    asked.touch()
+    command.parent.mkdir(exist_ok=True)
+    command.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" END >> {asked}\n[ "$1" != stage ] || echo "$3/$4/stage.yaml"\n')
+    command.chmod(0o755)
+    variables = os.environ | {"PATH": f"{command.parent}{os.pathsep}{os.environ['PATH']}"}
+    script = ["bash", FOLDER.parent / "tiny_benchmark.sh", *arguments]
+    done = subprocess.run(script, cwd=folder, env=variables, capture_output=True, text=True)
+    commands = [words.splitlines() for words in asked.read_text().split("END\n") if words]
+    asked.unlink()
+    return commands, done
+
+
+def test_rows_of_the_benchmark_differ_in_what_they_are_named_after(tmp_path, monkeypatch):
+    """papermill_runs/tiny_benchmark.sh: equal budget and data, one thing changed in each row."""
+    commands, done = benchmark_commands(tmp_path, "--stages")
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "papermill_runs").mkdir()
+    (tmp_path / "papermill_runs" / "params").symlink_to(FOLDER)
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        written = CliRunner().invoke(app, command)
+        assert command[0] == "stage" and written.exit_code == 0, written.output
+    stages = {path.parent.name: load_run_config(path) for path in tmp_path.rglob("stage.yaml")}
+    ours = stages.pop("ours")
+    changes = {name: set(changed_settings(ours, stage)) - {"run_name"} for name, stage in stages.items()}
+    shown = {"data.eval_files", "prediction.num_scenes", "prediction.controls"}
+    learned = {name: keys - shown for name, keys in changes.items() if not name.endswith("_unusual")}
+    assert learned == {
+        "seed1": {"seed"}, "seed2": {"seed"}, "base": {"model.positions.method"}, "sin3d": {"model.positions.method"},
+        "places": {"model.resampler.num_latents"}, "no_geometry": {"model.geometry.num_tokens"},
+        "random": {"model.vggt_weights"},
+        "end_to_end": {
+            "model.freeze_vggt", "data.features.folder", "data.features.resident", "training.encoder_learning_rate"
+        },
+    }  # fmt: skip
+    for name, keys in changes.items():
+        if name.endswith("_unusual"):
+            row = name.removesuffix("_unusual")
+            assert "data.eval_files" in keys and keys - shown == learned.get(row, set())
+
+
+def test_rows_of_the_benchmark_are_trained_answered_and_compared(tmp_path):
+    """Each with its own stage, the unusual rooms answered by the row's model; a table of all rows comes last."""
+    commands, done = benchmark_commands(tmp_path, "ours", "base")
+    assert done.returncode == 0, done.stderr
+    runs = "papermill_runs/tiny_benchmark"
+    for row in ("ours", "base"):
+        usual, unusual = (f"runs_dir={runs}/run_name={name}/stage.yaml" for name in (row, f"{row}_unusual"))
+        assert ["train", usual] in commands and ["predict", usual] in commands
+        assert ["predict", unusual, "--checkpoint", f"{runs}/{row}/model"] in commands
+    assert [command[0] for command in commands] == [*["stage", "stage", "train", "predict", "predict"] * 2, "compare"]
+    unusual = [f"{runs}/{row}_unusual/predictions/model" for row in ("ours", "base")]
+    assert commands[-1][1:] == [f"{runs}/ours", f"{runs}/base", *unusual]
+    unknown, done = benchmark_commands(tmp_path, "ours", "none")
+    assert done.returncode == 2 and "no row none; known: ours" in done.stderr and not unknown
 
 
 def test_stage_two_is_what_was_agreed():
@@ -335,6 +409,8 @@ CHANGES = {
     "data.max_length": Change(12, batched),
     "data.visual_first": Change(False, batched),
     "data.codec": Change("cm", batched),
+    "data.loss_weights.places": Change(4.0, partial(batched, draw=3), ACTIONS),
+    "data.loss_weights.answers": Change(4.0, partial(batched, draw=3)),
     "data.cache_scenes": Change(0, decoded),
     "data.features.folder": Change("{tmp}/other", cached, CACHED | ONE_STEP),
     "data.features.dtype": Change("float32", cached, CACHED | ONE_STEP),
@@ -389,6 +465,7 @@ CHANGES = {
     "training.weight_decay": Change(0.5, trained),
     "training.warmup_ratio": Change(0.9, trained),
     "training.lr_scheduler": Change("linear", trained, {"training.max_steps": 4}),
+    "training.optimizer": Change("muon", trained, {"training.max_steps": 2, "training.warmup_ratio": 0.0}),
     "training.max_grad_norm": Change(1e-3, trained),
     "training.explosion_factor": Change(0.5, trained),
     "training.bf16": Change(True, trained),

@@ -415,6 +415,9 @@ def test_curves_hold_the_logged_numbers():
     assert [ax.get_title("left") for ax in figure.axes[1:]] == ["learning rate", "gradient norm", "samples per second"]
     with pytest.raises(ValueError, match="no logged step"):
         viz.curve_figure({"tiny": []})
+    answered = viz.curve_figure({"tiny": [*entries, {"step": 30, "eval_loss": 4.0, "eval_em": 0.25}]})
+    assert [ax.get_title("left") for ax in answered.axes[1:]][0] == "exact match of held-out questions"
+    assert [[30, 0.25]] in [line.get_xydata().tolist() for line in answered.axes[1].lines]
 
 
 def test_a_long_curve_is_smoothed_by_a_running_mean():

@@ -27,7 +27,7 @@ def main() -> None:
         return loss + float("nan")
 
     def deadly(self, batch, num_supervised, last):
-        if self.optimizer.state:
+        if self.optimizers[0].state:
             os.kill(os.getpid(), signal.SIGKILL)
         return forward_backward(self, batch, num_supervised, last)
 

@@ -109,6 +109,15 @@ def parse_action(
         return ActionError(str(refusal))
 
 
+def place_digits(text: str, codec: str = "m2") -> list[tuple[int, int]]:
+    """[start, end) in an action's text of x and of y of each centre and each end of a wall (in rows: the first end),
+    from the character before the number, beside which a sign is or is not, to the decimetres."""
+    require_codec(codec)
+    before = r"\[\"[a-z0-9_]+\"" if codec == "rows" else r"\"(?:center|a|b)\":"
+    number = r"([,\[]-?\d*)\d" if codec == "cm" else r"([,\[]-?\d+\.\d)\d*"
+    return [match.span(k) for match in re.finditer(before + 2 * number, text) for k in (1, 2)]
+
+
 def require_codec(codec: str) -> None:
     """Raises ValueError for a codec that is none of `CODECS`."""
     if codec not in CODECS:

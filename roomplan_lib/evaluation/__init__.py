@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-# What the model is shown: its own views, no views, another scene's views.
-CONTROLS = ("model", "blind", "shuffled")
+# What the model is shown: the sample's views, no views, another scene's views, the first of the sample's views alone.
+CONTROLS = ("model", "blind", "shuffled", "one_view")
 
 
 def predictions_file(folder: Path, control: str = "model") -> Path:

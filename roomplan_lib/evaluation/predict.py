@@ -7,7 +7,7 @@ import sys
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -32,8 +32,9 @@ from roomplan_lib.evaluation.parts import (
 from roomplan_lib.evaluation.rows import prediction_row
 from roomplan_lib.files import file_hash
 from roomplan_lib.model.generation import generate_texts
+from roomplan_lib.model.pretrained import SHIPPED
 from roomplan_lib.model.vlm import RoomPlanVLM
-from roomplan_lib.samples import read_samples
+from roomplan_lib.samples import PER_VIEW, read_samples
 from roomplan_lib.samples.targets import scene_action
 from roomplan_lib.scenes import CATEGORIES
 from roomplan_lib.training.answers import prompt_of
@@ -342,15 +343,19 @@ def predict_rows(
     `action_record` makes them, in the scene's frame. With a constraint they have `confidence` (one per action of the
     text), `unconstrained`, what the same model writes without it, and `finished`; of one that is not, which only a
     grammar's text allows, `error` says where it was cut off, and a printed line how many there are.
-    control: "model" shows each sample its own views, "shuffled" another scene's (of `pool`, or of `samples`), "blind"
-    none. share_prefix: what the questions of a scene begin with passes through the language model once; the texts are
-    the same without.
+    control: "model" shows each sample its own views, "one_view" the first of them, "shuffled" another scene's (of
+    `pool`, or of `samples`), "blind" none. share_prefix: what the questions of a scene begin with passes through the
+    language model once; the texts are the same without.
     """
     if control not in CONTROLS:
         raise ValueError(f"control: expected one of {', '.join(CONTROLS)}, got {control!r}")
     # Questions of a scene share its encoding; actions go by kind first: a batch takes as long as its longest text.
     order = sorted(range(len(samples)) if indices is None else indices, key=lambda i: _place(samples[i]))
-    shown = other_scenes(samples, pool or samples) if control == "shuffled" else samples
+    shown = samples
+    if control == "shuffled":
+        shown = other_scenes(samples, pool or samples)
+    elif control == "one_view":
+        shown = [first_view(sample) for sample in samples]
     codec = collator.data.codec
     categories = used_language(sample.record for sample in samples).categories
     alone = GrammarEngine(tokenizer, model.language_model.config.vocab_size, "none")
@@ -417,6 +422,15 @@ def other_scenes(samples: list[Sample], pool: list[Sample]) -> list[Sample]:
     return others
 
 
+def first_view(sample: Sample) -> Sample:
+    """The sample without its views but the first, whose camera fixes the reference frame."""
+    record, geometry = sample.record, sample.record["geom_token"]
+    cut = {key: record[key][:1] for key in PER_VIEW if record.get(key)}
+    if geometry:
+        cut["geom_token"] = {key: value[:1] for key, value in geometry.items()}
+    return replace(sample, record=record | cut)
+
+
 def first_scenes(samples: list[Sample], num_scenes: int) -> list[Sample]:
     """The samples of the first `num_scenes` scenes in order of appearance, all for 0."""
     ids = list(dict.fromkeys(sample.record["scene_id"] for sample in samples))
@@ -429,9 +443,10 @@ def find_weights(config: RunConfig, checkpoint: str | Path | None) -> Path | Non
     if checkpoint == "base":
         return None
     if checkpoint is not None:
-        if not (Path(checkpoint) / "model.safetensors").is_file():
+        folder = SHIPPED.get(str(checkpoint), Path(checkpoint))
+        if not (folder / "model.safetensors").is_file():
             raise ValueError(f"{checkpoint}: no model here, model.safetensors is missing")
-        return Path(checkpoint)
+        return folder
     trained = config.run_dir / "model"
     candidates = [trained] if trained.is_dir() else list_checkpoints(config.run_dir / "checkpoints")[-1:]
     if not candidates:

@@ -141,10 +141,12 @@ def find_predictions(
 
 
 def run_names(files: Sequence[Path]) -> dict[str, Path]:
-    """Predictions files by what to call them: the run's folder, the file's own name, or both where those are taken."""
+    """Predictions files by what to call them: the run's folder (of other weights than its own, <run>_<weights>), the
+    file's own name, or both where those are taken."""
     named: dict[str, Path] = {}
     for file in files:
-        folder, stem = file.absolute().parent.name, file.stem
+        place, stem = file.absolute().parent, file.stem
+        folder = f"{place.parents[1].name}_{place.name}" if place.parent.name == "predictions" else place.name
         choices = (folder if stem == "predictions" else stem, f"{folder}_{stem}", f"{folder}_{stem}_{len(named)}")
         named[next(name for name in choices if name not in named)] = file
     return named

@@ -9,7 +9,7 @@ from roomplan_lib.model.resampler import Attention, PerceiverResampler
 from roomplan_lib.model.vlm import RoomPlanVLM
 
 # Of a batch; the rest are its views.
-OF_TEXT = ("input_ids", "attention_mask", "labels", "scene_index", "shared_prefix")
+OF_TEXT = ("input_ids", "attention_mask", "labels", "scene_index", "shared_prefix", "loss_weights")
 
 
 def attention_weights(attention: Attention, x: Tensor, context: Tensor, seen: Tensor | None = None) -> Tensor:

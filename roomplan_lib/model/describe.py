@@ -6,13 +6,14 @@ FlopCounterMode on the modules themselves; attention under the causal mask count
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from roomplan_lib.config import RESAMPLER_PRESETS, FeaturesConfig, ResamplerConfig
 from roomplan_lib.model.features import entry_bytes, heads_of
 from roomplan_lib.model.geometry_tokens import RECORD_WIDTH
-from roomplan_lib.model.positions import VGGT_HEADS
 from roomplan_lib.model.resampler import build_resampler
 from roomplan_lib.model.vggt import VGGT, VGGTConfig
 from roomplan_lib.model.vlm import LOGITS_AT_ONCE, RoomPlanVLM, parameter_table
@@ -45,6 +46,8 @@ def aggregator_flops(config: VGGTConfig, num_views: int, grid: tuple[int, int], 
 def resampler_flops(config: ResamplerConfig, context: int, context_width: int, out_width: int) -> float:
     """FLOPs of one resampler pass over `context` tokens."""
     latents, width = config.num_latents, config.width
+    if config.kind == "spatial":  # the means, as a matrix product, and the perceptron
+        return 2 * latents * (context * context_width + (context_width + out_width) * config.ffn_width)
     attention = 4 * latents * width**2 + 4 * latents * context * width  # query, output, scores and values
     ffn = 4 * latents * width * config.ffn_width
     if config.kind == "reference":
@@ -100,15 +103,17 @@ def language_model_bytes(
     return num_tokens * kept * _width_of(model.language_model) + 4 * logits * 4
 
 
-def head_flops(config: VGGTConfig, num_views: int, image_size_hw: tuple[int, int]) -> float:
-    """FLOPs of VGGT's camera and depth heads, counted on tensors without memory."""
+def head_flops(config: VGGTConfig, heads: Sequence[str], num_views: int, image_size_hw: tuple[int, int]) -> float:
+    """FLOPs of VGGT's `heads` of camera and depth, counted on tensors without memory."""
     with torch.device("meta"):
         model = VGGT(config).freeze()
         patches = image_size_hw[0] * image_size_hw[1] // config.patch_size**2
         tokens = torch.empty(1, num_views, 1 + config.num_register_tokens + patches, 2 * config.embed_dim)
         with FlopCounterMode(display=False) as counter:
-            model.camera_head(tokens)
-            model.depth_head([tokens] * 4, 1 + config.num_register_tokens, image_size_hw)
+            if "camera" in heads:
+                model.camera_head(tokens)
+            if "depth" in heads:
+                model.depth_head([tokens] * 4, 1 + config.num_register_tokens, image_size_hw)
     return float(counter.get_total_flops())
 
 
@@ -140,13 +145,13 @@ def model_card(
     lm = model.language_model.config
     length = model.num_visual_tokens + num_text_tokens
 
-    uses_heads = model.positions is not None and settings.positions.source == "vggt"
+    heads = heads_of(settings)
     wanted = model.encoder.aggregator.layer_indices(settings.tap_layers)
-    if uses_heads:
-        wanted = [*wanted, *model.encoder.head_layers(VGGT_HEADS)]
+    if heads:
+        wanted = [*wanted, *model.encoder.head_layers(heads)]
     forward = {
         "encoder": aggregator_flops(encoder, num_views, grid, max(wanted) + 1)
-        + (head_flops(encoder, num_views, (height, width)) if uses_heads else 0.0),
+        + (head_flops(encoder, heads, num_views, (height, width)) if heads else 0.0),
         "positions": num_views * patches * _linear_flops(model.positions),
         "resampler": resampler_flops(settings.resampler, context, 2 * encoder.embed_dim, lm.hidden_size),
         "geometry_encoder": _geometry_flops(model, num_views),
@@ -326,6 +331,8 @@ def _resampler_activations(config: ResamplerConfig, context: int, context_width:
 
     recompute: of a layer its latents alone, and all of one at a time.
     """
+    if config.kind == "spatial":
+        return 3 * context * context_width + config.num_latents * (context_width + 2 * config.ffn_width)
     per_layer = 2 * context * config.width + config.num_latents * (12 * config.width + 2 * config.ffn_width)
     layers = config.num_layers * per_layer
     if recompute:

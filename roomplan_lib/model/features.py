@@ -340,7 +340,11 @@ class FeatureCache:
 
 def heads_of(model: ModelConfig) -> tuple[str, ...]:
     """The heads of the encoder that the model's 3D positions read."""
-    return VGGT_HEADS if model.positions.method != "base" and model.positions.source == "vggt" else ()
+    if model.positions.method == "base" or model.positions.source == "depth":
+        return ()
+    if model.positions.source == "vggt_depth" and model.vggt.get("metres_per_unit"):
+        return ("depth",)
+    return VGGT_HEADS
 
 
 def encode(

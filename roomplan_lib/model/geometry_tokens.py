@@ -25,7 +25,7 @@ class GeometryEncoder(nn.Module):
         self.null_record = nn.Parameter(torch.randn(config.width) * 0.02)
         self.view_ffn = FeedForward(config.width, 4 * config.width)
         self.view_norm, self.context_norm = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
-        self.queries = nn.Parameter(torch.randn(config.num_tokens, config.width) * 0.02)
+        self.queries = nn.Parameter(torch.randn(config.num_tokens, config.width))  # large, as the resampler's latents
         self.attention = Attention(config.width, config.width, config.head_width)
         self.query_norm, self.norm = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
         self.out = nn.Linear(config.width, out_width, bias=False)
@@ -66,3 +66,12 @@ def record_poses(records: Tensor) -> Tensor:
     poses[..., :3, :3] = records[..., :9].unflatten(-1, (3, 3))
     poses[..., :3, 3] = records[..., 9:12]
     return poses
+
+
+def record_intrinsics(records: Tensor, image_size_hw: tuple[int, int]) -> Tensor:
+    """K [..., 3, 3] in pixels of a picture of (H, W) that normalised records [..., RECORD_WIDTH] hold."""
+    height, width = image_size_hw
+    fx, fy, cx, cy = records[..., 12:16].unbind(-1)
+    zero, one = torch.zeros_like(fx), torch.ones_like(fx)
+    rows = (fx * width, zero, cx * width - 0.5), (zero, fy * height, cy * height - 0.5), (zero, zero, one)
+    return torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)

@@ -1,8 +1,8 @@
 """3D position encodings: where in the room each patch lies, added to patch tokens before the resampler.
 
 Coordinates are metres in the sample's reference frame: the mean of a patch's points or `n_points` of them, from sensor
-depth and pose (`patch_coordinates` of the collator) or from VGGT's own points (`vggt_patch_coordinates`), which the
-known poses bring to that frame and scale.
+depth and pose (`patch_coordinates` of the collator), or from VGGT's own depth (`vggt_patch_coordinates`): seen from the
+cameras that VGGT predicts with it, which the known poses bring to that frame and scale, or from the known ones.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from roomplan_lib.config import PositionsConfig
-from roomplan_lib.model.vggt import pose_encoding_to_cameras, unproject_depth
+from roomplan_lib.model.vggt import camera_points, pose_encoding_to_cameras
 
 METHODS: dict[str, Callable[[PositionsConfig, int], nn.Module]] = {}
 VOXEL = 0.1  # metres, and the bounds below: Video-3D-LLM's discrete coordinates
@@ -68,10 +69,13 @@ class ProjectedPositions(nn.Module):
         return self.projection(self.encoder(coordinates).to(self.projection.weight.dtype))
 
 
-def encode_positions(encoder: nn.Module, config: PositionsConfig, coordinates: Tensor, valid: Tensor) -> Tensor:
+def encode_positions(
+    encoder: nn.Module, config: PositionsConfig, coordinates: Tensor, valid: Tensor, shares: Tensor | None = None
+) -> Tensor:
     """[..., width] encodings of float32 patch coordinates in metres; exactly zero where not `valid` [...].
 
-    coordinates: [..., 3], or [..., n_points, 3] with `config.n_points` above 1.
+    coordinates: [..., 3], or [..., n_points, 3] with `config.n_points` above 1. shares: [B, L, V * P] of patches that
+    are `valid` [B, V, P]; with them the sums [B, L, width] of encodings, each so many times.
     Raises ValueError for coordinates of another shape and when the encoder returns another than the tokens have.
     """
     points = (config.n_points, 3) if config.n_points > 1 else (3,)
@@ -84,13 +88,16 @@ def encode_positions(encoder: nn.Module, config: PositionsConfig, coordinates: T
         lower, upper = coordinates.new_tensor(LOWER), coordinates.new_tensor(UPPER)
         coordinates = ((coordinates.clamp(lower, upper) - lower) / VOXEL).round()
     with torch.autocast(coordinates.device.type, enabled=False):  # bfloat16 would round metres to centimetres
+        if shares is not None and isinstance(encoder, MlpPositions):
+            return encoder.sums(coordinates.flatten(1, 2), shares.float() * valid.flatten(1)[:, None])
         encoding = encoder(coordinates)
     if encoding.shape[:-1] != valid.shape:
         raise ValueError(
             f"model.positions.method {config.method!r}: expected encodings [{', '.join(map(str, valid.shape))}, width] "
             f"for coordinates {tuple(coordinates.shape)}, got {tuple(encoding.shape)}"
         )
-    return encoding.masked_fill(~valid[..., None], 0.0)
+    encoding = encoding.masked_fill(~valid[..., None], 0.0)
+    return encoding if shares is None else shares.to(encoding.dtype) @ encoding.flatten(1, 2)
 
 
 def sin3d_encoding(coords: Tensor, dim: int, n_points: int = 1) -> Tensor:
@@ -132,8 +139,21 @@ class MlpPositions(nn.Sequential):
         self.n_points = config.n_points
 
     def forward(self, coordinates: Tensor) -> Tensor:
+        return self[-1](self._hidden(coordinates))
+
+    def sums(self, coordinates: Tensor, shares: Tensor) -> Tensor:
+        """shares [B, L, N] @ self(coordinates [B, N, ...]): [B, L, width]. The last layer, which is the widest and
+        linear, comes after the sum."""
+        last = self[-1]
+        shares = shares.to(last.weight.dtype)
+        return F.linear(shares @ self._hidden(coordinates), last.weight) + shares.sum(-1, keepdim=True) * last.bias
+
+    def _hidden(self, coordinates: Tensor) -> Tensor:
         coordinates = coordinates.flatten(-2) if self.n_points > 1 else coordinates
-        return super().forward(coordinates.to(self[0].weight.dtype))
+        coordinates = coordinates.to(self[0].weight.dtype)
+        for layer in list(self)[:-1]:
+            coordinates = layer(coordinates)
+        return coordinates
 
 
 def patch_lattice(n_points: int) -> list[tuple[float, float]]:
@@ -154,22 +174,43 @@ def vggt_patch_coordinates(
     patch_size: int,
     n_points: int = 1,
     min_valid_share: float = 0.0,
+    known_K: Tensor | None = None,
+    metres_per_unit: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Patch coordinates [S, V, P, 3] in metres in the reference frame, and which of them are valid [S, V, P].
 
     With `n_points` above 1 [S, V, P, n_points, 3]; both settings are those of the collator's `patch_coordinates`.
 
-    predictions: VGGT's `pose_enc` and `depth` (unit of its own; world = its first camera) for pictures of (H, W)
-    pixels. camera_to_reference: [S, V, 4, 4] known poses in metres. Raises ValueError where these fix no scale.
+    predictions: VGGT's `depth` and, unless known_K and metres_per_unit are given, its `pose_enc` (unit of its own;
+    world = its first camera) for pictures of (H, W) pixels. camera_to_reference: [S, V, 4, 4] known poses in metres.
+    known_K: [S, V, 3, 3] pixels; with it depth is seen from the known cameras, else from the predicted ones.
+    metres_per_unit: VGGT's unit of length where known cameras see its depth; 0 = known and predicted cameras fix it.
+    Raises ValueError where they do not.
     """
-    world_to_camera, K = pose_encoding_to_cameras(predictions["pose_enc"], image_size_hw)
-    points = unproject_depth(predictions["depth"], world_to_camera, K)  # [S, V, H, W, 3]
-    rotation = world_to_camera[..., :3].transpose(-1, -2)
-    centers = -(rotation @ world_to_camera[..., 3:])[..., 0]
-    known_rotation, known_centers = camera_to_reference[..., :3, :3], camera_to_reference[..., :3, 3]
-    scale, turn, shift = align_cameras(rotation, centers, known_rotation, known_centers)
-    turned = points @ turn[:, None, None].transpose(-1, -2)
-    points = scale[:, None, None, None, None] * turned + shift[:, None, None, None]
+    depth = predictions["depth"]
+    depth = depth[..., 0] if depth.ndim == 5 else depth
+    if known_K is not None and metres_per_unit:
+        scale = depth.new_full(depth.shape[:1], metres_per_unit)
+    else:
+        world_to_camera, K = pose_encoding_to_cameras(predictions["pose_enc"], image_size_hw)
+        rotation = world_to_camera[..., :3].transpose(-1, -2)
+        centers = -(rotation @ world_to_camera[..., 3:])[..., 0]
+        known_rotation, known_centers = camera_to_reference[..., :3, :3], camera_to_reference[..., :3, 3]
+        scale, turn, shift = align_cameras(rotation, centers, known_rotation, known_centers)
+    # reference = axes @ (point seen from the camera, in VGGT's unit) + origin, per view
+    if known_K is None:
+        axes = scale[:, None, None, None] * (turn[:, None] @ rotation)
+        origin = scale[:, None, None] * (centers @ turn.mT) + shift[:, None]
+    else:
+        K, origin = known_K, camera_to_reference[..., :3, 3]
+        axes = scale[:, None, None, None] * camera_to_reference[..., :3, :3]
+    if n_points == 1 and depth.isfinite().all():  # the mean of points that are moved is the mean moved
+        points = torch.stack(camera_points(depth, K), dim=2).flatten(0, 1)  # [S * V, 3, H, W]
+        means = F.avg_pool2d(points, patch_size).flatten(2).mT
+        coordinates = means.unflatten(0, depth.shape[:2]) @ axes.mT + origin[:, :, None]
+        return coordinates, torch.ones_like(coordinates[..., 0], dtype=torch.bool)
+    points = torch.stack(camera_points(depth, K), dim=-1)  # [S, V, H, W, 3]
+    points = points @ axes[:, :, None].mT + origin[:, :, None, None]
     rows = points.shape[2] // patch_size
     blocks = points.unflatten(3, (-1, patch_size)).unflatten(2, (rows, patch_size))  # [S, V, rows, p, columns, p, 3]
     blocks = blocks.transpose(3, 4).flatten(4, 5).flatten(2, 3)  # [S, V, P, p * p, 3]

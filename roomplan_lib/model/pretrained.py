@@ -16,12 +16,15 @@ from roomplan_lib.files import file_hash
 from roomplan_lib.model.vggt import VGGT, VGGTConfig, load_vggt
 from roomplan_lib.model.vggt.checkpoint import weight_files
 
+# Models that come with the package: by their names alone.
+SHIPPED = {"roomplan-tiny": Path(__file__).resolve().parents[1] / "weights" / "roomplan-tiny"}
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.json")
 TOKENIZER = ("*.json", "merges.txt", "*.jinja")
 
 
 def find_source(source: str, setting: str, patterns: Sequence[str] = WEIGHTS, revision: str | None = None) -> Path:
-    """The file or folder that `source` names: a path, or a hub id whose files (`patterns`) are cached or downloaded.
+    """The file or folder that `source` names: a path, a model of `SHIPPED`, or a hub id whose files (`patterns`) are
+    cached or downloaded.
 
     A cached repository is used without a network. Raises ValueError that starts with `setting` and says what is
     missing and how to get it.
@@ -29,6 +32,8 @@ def find_source(source: str, setting: str, patterns: Sequence[str] = WEIGHTS, re
     path = Path(source).expanduser()
     if path.exists():
         return path
+    if source in SHIPPED:
+        return SHIPPED[source]
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.endswith((".pt", ".pth", ".bin", ".safetensors")):
         raise ValueError(f"{setting}: {source}: no such file or folder")
     try:

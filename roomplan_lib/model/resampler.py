@@ -1,8 +1,12 @@
-"""Perceiver resampler: learned latents read the encoder's tokens of all views and become the visual tokens."""
+"""Resamplers: from the encoder's tokens of all views to a fixed number of visual tokens.
+
+The Perceiver's learned latents read all of them; a spatial resampler's tokens are places of the room.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -61,23 +65,39 @@ class ResamplerLayer(nn.Module):
         return latents + self.ffn(self.ffn_norm(latents))
 
 
-class PerceiverResampler(nn.Module):
-    """[B, V] views of tapped encoder tokens -> [B, num_latents, out_width] visual tokens.
+class ViewTokens(nn.Module):
+    """What all resamplers but the reference one read of a view and a tapped layer: its camera token and patch tokens
+    (registers are left out), each normalised per layer and marked with learned layer and view embeddings, patches also
+    with a 2D sine embedding of their place."""
 
-    The context of one view and one tapped layer is its camera token and its patch tokens (registers are left out),
-    each normalised per layer and marked with learned layer and view embeddings and a 2D sine embedding of the patch.
-    """
-
-    def __init__(self, config: ResamplerConfig, num_taps: int, context_width: int, out_width: int) -> None:
+    def __init__(self, config: ResamplerConfig, num_taps: int, context_width: int) -> None:
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
         self.context_norms = nn.ModuleList(nn.LayerNorm(context_width) for _ in range(num_taps))
         self.layer_embedding = nn.Parameter(torch.randn(num_taps, context_width) * 0.02)
         self.view_embedding = nn.Parameter(torch.randn(config.max_views, context_width) * 0.02)
-        self.camera_embedding = nn.Parameter(torch.randn(context_width) * 0.02)
         self.patch_gain = nn.Parameter(torch.full((context_width,), 0.1))
-        self.latents = nn.Parameter(torch.randn(config.num_latents, config.width) * 0.02)
+
+    def marks(self, num_views: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """What is added to the normalised tokens of each of T tapped layers: to camera tokens [T, V, 1, E], to patch
+        tokens [T, V, P, E]. Raises ValueError for more views than `max_views`."""
+        if num_views > self.config.max_views:
+            raise ValueError(f"{num_views} views, but model.resampler.max_views is {self.config.max_views}")
+        of_views = self.layer_embedding[:, None, None] + self.view_embedding[:num_views, None]
+        gain = self.patch_gain
+        return of_views, of_views + sine_grid(grid, gain.shape[0], gain.device).to(gain.dtype) * gain
+
+
+class PerceiverResampler(ViewTokens):
+    """[B, V] views of tapped encoder tokens -> [B, num_latents, out_width] visual tokens, by learned latents that read
+    the camera and patch tokens of all views."""
+
+    def __init__(self, config: ResamplerConfig, num_taps: int, context_width: int, out_width: int) -> None:
+        super().__init__(config, num_taps, context_width)
+        self.camera_embedding = nn.Parameter(torch.randn(context_width) * 0.02)
+        # As large as what the first layer adds: smaller ones drown in it, and all latents start as one (cosine 0.99).
+        self.latents = nn.Parameter(torch.randn(config.num_latents, config.width))
         self.layers = nn.ModuleList(
             ResamplerLayer(config.width, context_width, config.ffn_width, config.head_width)
             for _ in range(config.num_layers)
@@ -92,29 +112,26 @@ class PerceiverResampler(nn.Module):
         grid: tuple[int, int],
         positions: Tensor | None = None,
         view_mask: Tensor | None = None,
+        places: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """taps: per tapped layer [B, V, patch_token_start + P, E]; grid: (rows, columns) of the P patches.
 
         positions: [B, V, P, E] encodings added to every tapped layer's normalised patch tokens, or None.
         view_mask: [B, V] bool, False for views whose tokens are left out of the context; None = all are in it.
+        places: coordinates [B, V, P, 3] in metres and their validity [B, V, P], which only a spatial resampler reads.
         Returns [B, num_latents, out_width]. Raises ValueError for more views than `max_views`.
         """
-        num_views = taps[0].shape[1]
-        if num_views > self.config.max_views:
-            raise ValueError(f"{num_views} views, but model.resampler.max_views is {self.config.max_views}")
-        patch_2d = sine_grid(grid, self.patch_gain.shape[0], taps[0].device).to(taps[0].dtype) * self.patch_gain
-        views = self.view_embedding[:num_views, None]
-        context = []
-        for tokens, norm, layer in zip(taps, self.context_norms, self.layer_embedding, strict=True):
-            tokens = norm(tokens) + layer + views
-            patches = tokens[:, :, patch_token_start:] + patch_2d
-            if positions is not None:
-                patches = patches + positions
-            context += [(tokens[:, :, :1] + self.camera_embedding).flatten(1, 2), patches.flatten(1, 2)]
-        context, seen = torch.cat(context, dim=1), None
+        context, seen = [], None
+        of_cameras, of_patches = self.marks(taps[0].shape[1], grid)
+        for number, (tokens, norm) in enumerate(zip(taps, self.context_norms, strict=True)):
+            cameras = norm(tokens[:, :, :1]) + (of_cameras[number] + self.camera_embedding)
+            patches = norm(tokens[:, :, patch_token_start:]) + of_patches[number]
+            patches = patches if positions is None else patches + positions
+            context += [cameras.flatten(1, 2), patches.flatten(1, 2)]
+        context = torch.cat(context, dim=1)
         if view_mask is not None:  # in the order of the context
-            of_patches = view_mask.repeat_interleave(grid[0] * grid[1], dim=1)
-            seen = torch.cat([view_mask, of_patches], dim=1).repeat(1, len(taps))
+            patches_seen = view_mask.repeat_interleave(grid[0] * grid[1], dim=1)
+            seen = torch.cat([view_mask, patches_seen], dim=1).repeat(1, len(taps))
         latents = self.latents.expand(len(context), -1, -1)
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
@@ -122,6 +139,89 @@ class PerceiverResampler(nn.Module):
             else:
                 latents = layer(latents, context, seen)
         return self.out(self.norm(latents))
+
+
+class SpatialResampler(ViewTokens):
+    """[B, V] views of tapped encoder tokens -> [B, num_latents, out_width] visual tokens, each of them a place.
+
+    Of the patches of all views `num_latents` are chosen that lie far apart; each stands for those that are nearest to
+    it, by the mean of their tokens, of which a two-layer perceptron makes a visual token (the pooling of LLaVA-3D,
+    Zhu et al. 2024). `num_layers`, `width` and `head_width` are not used: it has no attention.
+    """
+
+    layers: tuple[nn.Module, ...] = ()
+
+    def __init__(self, config: ResamplerConfig, num_taps: int, context_width: int, out_width: int) -> None:
+        super().__init__(config, num_taps, context_width)
+        self.mlp = nn.Sequential(
+            nn.Linear(context_width, config.ffn_width), nn.GELU(), nn.Linear(config.ffn_width, out_width)
+        )
+
+    @property
+    def out(self) -> nn.Linear:
+        return self.mlp[-1]
+
+    def forward(
+        self,
+        taps: list[Tensor],
+        patch_token_start: int,
+        grid: tuple[int, int],
+        positions: Tensor | Callable[[Tensor], Tensor] | None = None,
+        view_mask: Tensor | None = None,
+        places: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """As `PerceiverResampler.forward`. Patches without coordinates have no part in it; in a set of views where none
+        has any, patches lie at their rows and columns and views side by side.
+
+        positions: also as a function from the shares [B, num_latents, V * P] that places have of patches to the means
+        [B, num_latents, E] of their encodings.
+        """
+        count, num_views, device = *taps[0].shape[:2], taps[0].device
+        rows, columns = torch.meshgrid(*(torch.arange(n, device=device) for n in grid), indexing="ij")
+        views = torch.arange(num_views, device=device)[:, None] * 2 * max(grid)
+        coordinates = torch.stack(torch.broadcast_tensors(rows.flatten(), columns.flatten(), views), dim=-1).float()
+        coordinates = coordinates.expand(count, -1, -1, -1)
+        valid = torch.ones(coordinates.shape[:3], dtype=torch.bool, device=device)
+        if places is not None:
+            known = places[1].flatten(1).any(1)[:, None, None]
+            coordinates = torch.where(known[..., None], places[0], coordinates)
+            valid = places[1] | ~known
+        if view_mask is not None:
+            valid = valid & view_mask[..., None]
+        owner = nearest_of_spread(coordinates.flatten(1, 2), valid.flatten(1), self.config.num_latents)
+        # A column more takes the patches that have no part in it.
+        shares = F.one_hot(owner, self.config.num_latents + 1)[..., :-1].to(self.patch_gain.dtype)
+        of_place = (shares / shares.sum(1, keepdim=True).clamp(min=1)).mT  # [B, num_latents, V * P]
+        used = of_place.sum(-1, keepdim=True)  # 0 for a place without patches
+        # Gains, biases and marks are added to means rather than to patches: less to write, less to keep.
+        found = of_place @ self.marks(num_views, grid)[1].mean(0).flatten(0, 1)
+        for tokens, norm in zip(taps, self.context_norms, strict=True):
+            normed = F.layer_norm(tokens[:, :, patch_token_start:], norm.normalized_shape, eps=norm.eps)
+            means = of_place @ normed.flatten(1, 2)
+            found = found + (means * norm.weight + used * norm.bias) / len(taps)
+        if positions is not None:
+            found = found + (positions(of_place) if callable(positions) else of_place @ positions.flatten(1, 2))
+        return self.mlp(found)
+
+
+@torch.no_grad()
+def nearest_of_spread(points: Tensor, valid: Tensor, count: int) -> Tensor:
+    """[B, N] int: which of `count` chosen points is nearest to each of [B, N, 3]; `count` where not `valid` [B, N].
+
+    Farthest point sampling (Gonzalez 1985): the first valid point, then always the one farthest from all chosen ones.
+    With fewer valid points than `count` the last numbers have no points.
+    """
+    points, rows = points.float(), torch.arange(len(points), device=points.device)
+    distance = torch.full(valid.shape, torch.inf, device=points.device).masked_fill(~valid, -1.0)
+    owner = torch.full(valid.shape, count, device=points.device)
+    chosen = valid.to(torch.uint8).argmax(1)
+    for number in range(count):
+        found = (points - points[rows, chosen][:, None]).square().sum(-1)
+        closer = found < distance  # never of what is not valid, nor of a point that is chosen twice
+        owner = owner.masked_fill(closer, number)
+        distance = torch.where(closer, found, distance)
+        chosen = distance.argmax(1)
+    return owner
 
 
 class ReferenceLayer(nn.Module):
@@ -175,6 +275,7 @@ class ReferenceResampler(nn.Module):
         grid: tuple[int, int],
         positions: Tensor | None = None,
         view_mask: Tensor | None = None,
+        places: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """As `PerceiverResampler.forward`, for one tapped layer."""
         patches = taps[0][:, :, patch_token_start:]
@@ -194,10 +295,12 @@ class ReferenceResampler(nn.Module):
 
 def build_resampler(
     config: ResamplerConfig, num_taps: int, context_width: int, out_width: int
-) -> PerceiverResampler | ReferenceResampler:
+) -> PerceiverResampler | SpatialResampler | ReferenceResampler:
     """The resampler of `config.kind` from `num_taps` encoder layers of `context_width` to `out_width`."""
-    kind = ReferenceResampler if config.kind == "reference" else PerceiverResampler
-    return kind(config, num_taps, context_width, out_width)
+    return KINDS[config.kind](config, num_taps, context_width, out_width)
+
+
+KINDS = {"perceiver": PerceiverResampler, "spatial": SpatialResampler, "reference": ReferenceResampler}
 
 
 def sine_grid(grid: tuple[int, int], width: int, device: torch.device) -> Tensor:

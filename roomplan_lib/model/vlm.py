@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,10 +37,10 @@ from roomplan_lib.config import (
 )
 from roomplan_lib.model.features import FeatureCache, encode, heads_of, pool_coordinates, pooled_grid, unpack
 from roomplan_lib.model.generation import Prompt, prefill, rows_of
-from roomplan_lib.model.geometry_tokens import GeometryEncoder, record_poses
-from roomplan_lib.model.positions import VGGT_HEADS, build_positions, encode_positions, vggt_patch_coordinates
+from roomplan_lib.model.geometry_tokens import GeometryEncoder, record_intrinsics, record_poses
+from roomplan_lib.model.positions import build_positions, encode_positions, vggt_patch_coordinates
 from roomplan_lib.model.pretrained import check_reference, find_source, load_encoder, load_language_model, reference_to
-from roomplan_lib.model.resampler import build_resampler
+from roomplan_lib.model.resampler import SpatialResampler, build_resampler
 from roomplan_lib.model.shared_prefix import (
     ATTENTION,
     BLOCK,
@@ -285,8 +286,10 @@ class RoomPlanVLM(PreTrainedModel, GenerationMixin):
                 taps, predictions, size = self._cached([cached[i] for i in members])
             grid = tuple(side // self.encoder.config.patch_size for side in size)
             patch_token_start = self.encoder.aggregator.patch_token_start
-            dtype = self.resampler.latents.dtype
-            taps, positions = [tap.to(dtype) for tap in taps], None
+            dtype, positions, places = self.resampler.out.weight.dtype, None, None
+            kind = taps[0].device.type
+            if not torch.is_autocast_enabled(kind) or taps[0].dtype != torch.get_autocast_dtype(kind):
+                taps = [tap.to(dtype) for tap in taps]  # under autocast a copy would only be rounded again
             if self.positions is not None:
                 if self.needs_positions:
                     coordinates = torch.stack([patch_coordinates[i] for i in members]).float()
@@ -295,13 +298,16 @@ class RoomPlanVLM(PreTrainedModel, GenerationMixin):
                     coordinates, valid = self._own_coordinates(predictions, records, has, size)
                 if pool > 1:
                     coordinates, valid = pool_coordinates(coordinates, valid, grid, pool)
-                positions = encode_positions(self.positions, self.settings.positions, coordinates, valid).to(dtype)
+                positions = partial(encode_positions, self.positions, self.settings.positions, coordinates, valid)
+                if self.settings.positions.add_to == "encoder" or not isinstance(self.resampler, SpatialResampler):
+                    positions = positions().to(dtype)
+                places = coordinates if coordinates.ndim == 4 else coordinates.mean(3), valid
                 valid = valid if seen is None else valid & seen[..., None]
                 self.sets_with_positions[members] = valid.flatten(1).any(1)
                 if self.settings.positions.add_to == "encoder":
                     on_patches = F.pad(positions, (0, 0, patch_token_start, 0))  # zero on camera and registers
                     taps, positions = [tap + on_patches for tap in taps], None
-            tokens = self.resampler(taps, patch_token_start, pooled_grid(grid, pool), positions, seen)
+            tokens = self.resampler(taps, patch_token_start, pooled_grid(grid, pool), positions, seen, places)
             if self.geometry_encoder is not None:
                 records = records.to(self.geometry_encoder.null_record.dtype)
                 tokens = torch.cat([tokens, self.geometry_encoder(records, has, seen)], dim=1)
@@ -334,22 +340,24 @@ class RoomPlanVLM(PreTrainedModel, GenerationMixin):
     def _own_coordinates(
         self, predictions: dict[str, Tensor], records: Tensor, has_geometry: Tensor, size: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
-        """Patch coordinates and their validity from VGGT's own cameras and depth. They are data, whoever measured them,
-        and as precise as data."""
+        """Patch coordinates and their validity from VGGT's own depth. They are data, whoever measured them, and as
+        precise as data."""
         if not has_geometry.all():
             raise ValueError(
-                "model.positions.source is vggt, whose points have no metric scale; every sample needs a "
-                "geom_token, whose poses give it one"
+                f"model.positions.source is {self.settings.positions.source}, whose points belong to no known frame; "
+                "every sample needs a geom_token, whose poses give them one"
             )
-        settings = self.settings.positions
+        settings, records = self.settings.positions, records.float()
         with torch.no_grad(), torch.autocast(records.device.type, enabled=False):
             return vggt_patch_coordinates(
                 predictions,
-                record_poses(records.float()),
+                record_poses(records),
                 size,
                 self.encoder.config.patch_size,
                 settings.n_points,
                 settings.min_valid_share,
+                record_intrinsics(records, size) if settings.source == "vggt_depth" else None,
+                self.encoder.config.metres_per_unit,
             )
 
     def embed(self, input_ids: Tensor, visual_tokens: Tensor | None) -> Tensor:
@@ -392,13 +400,15 @@ class RoomPlanVLM(PreTrainedModel, GenerationMixin):
         scene_index: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         shared_prefix: dict | None = None,
+        loss_weights: Tensor | None = None,
         **views,
     ) -> CausalLMOutput:
         """Loss over the supervised tokens, or logits [B, T, vocabulary] when there are no labels.
 
         input_ids, attention_mask, labels: [B, T]; scene_index: [B] int, the set of views that each row sees;
         views: the arguments of `encode_views`. The loss is summed over supervised tokens and divided by
-        num_items_in_batch (their number in the whole optimizer step), or by their number here.
+        num_items_in_batch (their number in the whole optimizer step), or by their number here. loss_weights: [B, T],
+        of the supervised tokens; their sum then takes the place of their number.
         shared_prefix: what `lay_out` says of these rows; with it (and labels) rows of one set of views pass their
         common prefix through the language model once, with the same loss and gradients.
         """
@@ -406,7 +416,11 @@ class RoomPlanVLM(PreTrainedModel, GenerationMixin):
         if labels is not None and shared_prefix is not None:
             hidden = self._hidden_of_questions(input_ids, scene_index, visual_tokens, shared_prefix)
             predicting, targets = hidden[shared_prefix["predicting"]], shared_prefix["targets"]
+            weights = shared_prefix.get("weights")
         else:
+            on_cpu = input_ids.device.type == "cpu"
+            if labels is not None and on_cpu and self.language_model.config._attn_implementation == "sdpa":
+                self.language_model.set_attn_implementation(ATTENTION)  # whose gradients are faster there
             hidden = self.language_model.get_decoder()(
                 inputs_embeds=self.embed(input_ids, None if visual_tokens is None else visual_tokens[scene_index]),
                 attention_mask=attention_mask,
@@ -417,8 +431,12 @@ class RoomPlanVLM(PreTrainedModel, GenerationMixin):
                 return CausalLMOutput(logits=self.get_output_embeddings()(hidden))
             supervised = labels[:, 1:] != IGNORE_INDEX
             predicting, targets = hidden[:, :-1][supervised], labels[:, 1:][supervised]
-        total = summed_loss(self.get_output_embeddings(), predicting, targets)  # only where there is something to learn
-        count = len(targets) if num_items_in_batch is None else num_items_in_batch
+            weights = None if loss_weights is None else loss_weights[:, 1:][supervised]
+        head = self.get_output_embeddings()
+        total = summed_loss(head, predicting, targets, weights)  # only where there is something to learn
+        count = num_items_in_batch
+        if count is None:
+            count = len(targets) if weights is None else weights.sum()
         return CausalLMOutput(loss=total / count)
 
     def _hidden_of_questions(
@@ -601,22 +619,25 @@ class RoomPlanVLM(PreTrainedModel, GenerationMixin):
         return model.eval()
 
 
-def summed_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of head(hidden) [N, vocabulary] and targets [N], summed, in float32.
+def summed_loss(head: nn.Module, hidden: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Cross-entropy of head(hidden) [N, vocabulary] and targets [N], times weights [N] if given, summed, in float32.
 
     Of more logits than LOGITS_AT_ONCE, parts are made one after another and again for their gradients, so that no more
     are in memory; not where ZeRO-3 shards the head, which all processes must call equally often.
     """
     vocabulary = head.out_features
 
-    def part(hidden: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
+    def part(hidden: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+        if weights is None:
+            return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
+        return F.cross_entropy(head(hidden).float(), targets, reduction="none") @ weights
 
     rows = max(1, LOGITS_AT_ONCE // vocabulary)
     if len(hidden) <= rows or hasattr(head.weight, "ds_id"):
-        return part(hidden, targets)
-    parts = zip(hidden.split(rows), targets.split(rows), strict=True)
-    return sum(checkpoint(part, some, own, use_reentrant=False) for some, own in parts)
+        return part(hidden, targets, weights)
+    splits = [hidden.split(rows), targets.split(rows)]
+    splits.append([None] * len(splits[0]) if weights is None else weights.split(rows))
+    return sum(checkpoint(part, *some, use_reentrant=False) for some in zip(*splits, strict=True))
 
 
 def freeze(part: nn.Module, dtype: str) -> None:
@@ -628,13 +649,13 @@ def freeze(part: nn.Module, dtype: str) -> None:
 
 def vggt_settings(settings: ModelConfig) -> VGGTConfig:
     """The encoder's config; its camera, depth and point heads are built only where the settings ask for them."""
-    heads = dict.fromkeys(HEAD_FLAGS, False)
-    if settings.positions.method != "base" and settings.positions.source == "vggt":
-        heads |= {f"enable_{name}": True for name in VGGT_HEADS}
+    read = heads_of(settings)
+    heads = {flag: flag.removeprefix("enable_") in read for flag in HEAD_FLAGS}
     config = parse(VGGTConfig, {**heads, **settings.vggt}, "model.vggt")
-    absent = [name for name in VGGT_HEADS if heads[f"enable_{name}"] and name not in config.heads]
+    absent = [name for name in read if name not in config.heads]
     if absent:
-        raise ValueError(f"model.positions.source vggt reads the heads {absent}, which model.vggt disables")
+        source = settings.positions.source
+        raise ValueError(f"model.positions.source {source} reads the heads {absent}, which model.vggt disables")
     return config
 
 

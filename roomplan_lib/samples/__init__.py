@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -43,6 +44,7 @@ from roomplan_lib.geometry import OrientedBox
 # Metres. Finer where indoor depth lies; fixed, so that a histogram keeps the metric scale.
 DEPTH_BIN_EDGES = np.array([0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6, 8, np.inf])
 RECORD_KEYS = ("images", "geom_token", "task", "scene_id")
+PER_VIEW = ("images", "depths", "view_ids", "quarter_turns", "depth_K")  # and each array of geom_token
 GEOMETRY_WIDTHS = {"R": 9, "t": 3, "K": 9, "depth_hist": len(DEPTH_BIN_EDGES) - 1}
 MAX_NUMBER = 1e9  # beyond is a mistake in any unit; NaN and infinity fail the comparison too
 BOX_MARKER = re.compile(r"<box_([0-9]{1,3})>")
@@ -195,12 +197,15 @@ def iter_samples(path: Path | str, constants: bool = False) -> Iterator[tuple[in
 
 def read_samples(path: Path | str) -> list[dict]:
     """All records of a JSONL file or JSON array. Raises ValueError naming file and line for anything unreadable."""
-    samples = []
+    return list(each_sample(path))
+
+
+def each_sample(path: Path | str) -> Iterator[dict]:
+    """As `read_samples`, one record in memory at a time."""
     for _, sample in iter_samples(path):
         if isinstance(sample, ValueError):
             raise sample
-        samples.append(sample)
-    return samples
+        yield sample
 
 
 def write_samples(path: Path | str, samples: Iterable[dict], manifest: dict) -> None:
@@ -300,12 +305,16 @@ def _is_texts(value: object) -> bool:
 
 def _is_matrix(value: object, height: int, width: int) -> bool:
     """Nested lists of numbers; text and booleans are none, though NumPy would convert them."""
-    return (
-        isinstance(value, list)
-        and len(value) == height
-        and all(isinstance(row, list) and len(row) == width for row in value)
-        and all(type(number) in (int, float) and abs(number) <= MAX_NUMBER for row in value for number in row)
-    )
+    if not isinstance(value, list) or len(value) != height:
+        return False
+    if not all(isinstance(row, list) and len(row) == width for row in value):
+        return False
+    numbers = [number for row in value for number in row]  # seven hundred of each record: no Python code for each
+    if not set(map(type, numbers)) <= {int, float}:
+        return False
+    if not numbers or min(numbers) < -MAX_NUMBER or max(numbers) > MAX_NUMBER:
+        return False
+    return not math.isnan(sum(numbers))  # which may pass by min and max
 
 
 def _as_record(entry: object, where: str) -> dict | ValueError:

@@ -18,7 +18,7 @@ from roomplan_lib.samples.anchors import build_anchors, build_lists, build_negat
 from roomplan_lib.samples.build import digest, is_current, old_manifest, read_cache, run_all, write_cache
 from roomplan_lib.samples.planes import build_planes
 from roomplan_lib.samples.plans import build_plans
-from roomplan_lib.samples.qa import build_qa
+from roomplan_lib.samples.qa import QA_TASKS, build_qa
 from roomplan_lib.samples.views import Selection, choose_view_sets, geometry_record, keep_depth
 from roomplan_lib.samples.visibility import MIN_VISIBLE_PIXELS, visible_boxes
 from roomplan_lib.scenes import Scene
@@ -33,7 +33,7 @@ from roomplan_lib.scenes.arkitscenes import (
     table_rows,
 )
 
-TASKS = ("anchors", "qa", "lists", "negatives", "planes", "plans")
+TASKS = ("anchors", "qa", *QA_TASKS, "lists", "negatives", "planes", "plans")  # "qa" has those of all QA_TASKS
 DEFAULT_TASKS = ("anchors", "qa")
 # Raised whenever the same scene and settings give other samples or manifests: files of old ones are rebuilt.
 BUILDER_VERSION = 4
@@ -214,8 +214,8 @@ def build_scene(scene_dir: Path, root: Path, settings: dict, tasks: Sequence[str
         for task in tasks:
             if task == "anchors":
                 built[task] = build_anchors(scene, visible, seed)
-            elif task == "qa":
-                built[task] = build_qa(scene, visible, seed)
+            elif task == "qa" or task in QA_TASKS:
+                built[task] = build_qa(scene, visible, seed, QA_TASKS if task == "qa" else (task,))
             elif task == "lists":
                 built[task] = build_lists(scene, visible, seed)
             elif task == "negatives":

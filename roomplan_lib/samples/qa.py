@@ -7,6 +7,7 @@ few centimetres or degrees of annotation noise do not change it. Positions and d
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import permutations
 
@@ -26,6 +27,7 @@ from roomplan_lib.samples.describe import (
 )
 from roomplan_lib.scenes import CATEGORIES, Scene
 
+QA_TASKS = ("qa_existence", "qa_count", "qa_color", "qa_side", "qa_nearest", "qa_distance")
 MAX_PER_TASK = 6  # questions of one task in one scene, so that a crowded scene does not drown the others
 SIDE_MARGIN_DEG = 25.0  # left and right keep this far from straight ahead and straight behind, and the reverse
 STANDING_DISTANCES = (0.2, 0.6)  # metres from an object's side to somebody who stands by it: nearest and farthest
@@ -48,11 +50,12 @@ LEFT_OR_RIGHT = ("Is the {} on my left or on my right?", "On which side of me is
 FRONT_OR_BEHIND = ("Is the {} in front of me or behind me?",)
 
 
-def build_qa(scene: Scene, visible: np.ndarray, seed: int = 0) -> list[dict]:
+def build_qa(scene: Scene, visible: np.ndarray, seed: int = 0, tasks: Sequence[str] = QA_TASKS) -> list[dict]:
     """The question-answer samples of a scene, without the keys all its samples share (`images`, ...).
 
-    visible: [num_boxes] bool, which boxes the sample's views show. Within a scene the answers yes and no, left and
-    right, in front and behind come equally often. Words and order depend on `seed` and the scene alone.
+    visible: [num_boxes] bool, which boxes the sample's views show. tasks: which of QA_TASKS to ask. Within a scene the
+    answers yes and no, left and right, in front and behind come equally often. Words and order depend on `seed` and the
+    scene alone.
     """
     named = {
         index: phrase
@@ -60,14 +63,9 @@ def build_qa(scene: Scene, visible: np.ndarray, seed: int = 0) -> list[dict]:
         if visible[index] and upright(scene.boxes[index]) is not None
     }
     samples: list[dict] = []
-    for task, build in (
-        ("qa_existence", _existence),
-        ("qa_count", _count),
-        ("qa_color", _color),
-        ("qa_side", _side),
-        ("qa_nearest", _nearest),
-        ("qa_distance", _distance),
-    ):
+    for task, build in zip(QA_TASKS, (_existence, _count, _color, _side, _nearest, _distance), strict=True):
+        if task not in tasks:
+            continue
         chance = random.Random(f"{seed}/{scene.scene_id}/{task}")
         for number, (question, answer, indices, situation) in enumerate(build(scene, visible, named, chance)):
             boxes = [scene.boxes[index] for index in indices]

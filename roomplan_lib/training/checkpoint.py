@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from roomplan_lib.files import file_hash, write_whole
+from roomplan_lib.files import file_hash, flush_to_disk, write_whole
 from roomplan_lib.model.vggt import VGGT
 from roomplan_lib.model.vlm import RoomPlanVLM
 from roomplan_lib.training.processes import Processes
@@ -98,7 +98,8 @@ def save_checkpoint(
 ) -> Path:
     """Writes checkpoint-<step> under a temporary name, completes and renames it, then drops all but the newest `keep`.
 
-    Raises OSError, with nothing of it left on the disk and the older ones as they were, when it cannot be written.
+    Raises OSError, with the older ones as they were, when it cannot be written; nothing of it is left on the disk then,
+    unless all but its name came there.
     """
     final = folder / f"checkpoint-{state['step']}"
     staging = folder / f".{final.name}.partial"
@@ -115,6 +116,7 @@ def save_checkpoint(
         written = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         state = state | {"written": written, "files": files}
         write_whole(staging / STATE, json.dumps(state | {"sha256": _digest(state)}, indent=1) + "\n")
+        flush_to_disk(*staging.iterdir(), staging)  # before older ones go
         shutil.rmtree(final, ignore_errors=True)
         staging.rename(final)
     except Exception as error:
@@ -128,6 +130,7 @@ def save_checkpoint(
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+    flush_to_disk(folder)
     for old in list_checkpoints(folder)[:-keep]:
         old.rename(folder / f".{old.name}.partial")  # a kill between two of its files must not leave half of it
     clear_partial(folder)
@@ -186,7 +189,9 @@ def copy_model_folder(checkpoint: Path, folder: Path) -> None:
     shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed here
     try:
         shutil.copytree(checkpoint, staging, ignore=shutil.ignore_patterns(OPTIMIZER, RANDOM, STATE))
+        flush_to_disk(*staging.iterdir(), staging)
         staging.rename(folder)
+        flush_to_disk(folder.parent)
     except OSError as error:
         raise OSError(
             f"{folder} could not be written ({_reason(error)}). Free space on that disk and start the run again: it is "

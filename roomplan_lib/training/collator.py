@@ -16,18 +16,20 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from roomplan_lib.config import DataConfig, PositionsConfig
+from roomplan_lib.actions.text import place_digits
+from roomplan_lib.config import DataConfig, LossWeightsConfig, PositionsConfig
 from roomplan_lib.geometry import resize_intrinsics, rotation_z, unproject
 from roomplan_lib.model.features import FeatureCache, Residence, Store
 from roomplan_lib.model.geometry_tokens import NUM_DEPTH_BINS, RECORD_WIDTH, normalise_records
 from roomplan_lib.model.positions import patch_lattice
 from roomplan_lib.model.shared_prefix import IGNORE_INDEX, lay_out, prefix_length
-from roomplan_lib.samples import check_record, depth_histogram, read_samples, sample_root
+from roomplan_lib.samples import check_record, depth_histogram, each_sample, sample_root
 from roomplan_lib.samples.targets import UNCHANGED, Augmentation, response_text, world_to_model
 from roomplan_lib.scenes import load_depth, load_rgb, path_below, picture_size
 from roomplan_lib.training.prompt import prompt_text
 from roomplan_lib.training.tokenizer import IMAGE_TOKEN
 
+REPEATED = ("images", "depths", "view_ids", "geom_token", "boxes")  # of a record, by all that are about the same views
 NEEDS_DEPTH = (
     "3D positions and scale jitter need geom_token and depths, which this sample lacks; set model.positions.method to "
     "base and data.augmentation.scale_jitter to 0, or prepare the samples with depth"
@@ -83,12 +85,14 @@ def load_samples(files: Iterable[str | Path]) -> list[Sample]:
     """
     samples = []
     for source, file in enumerate(files):
-        records = read_samples(file)
-        if not records:
-            raise ValueError(f"{file}: holds no samples")
-        root, seen = sample_root(file), set()
-        for number, record in enumerate(records, 1):
+        root, seen, before = sample_root(file), set(), len(samples)
+        shared: dict[tuple, dict] = {}  # by pictures: what many questions about them repeat is kept once
+        for number, record in enumerate(each_sample(file), 1):
             check_record(record, f"{file}:{number}")
+            first = shared.setdefault(tuple(record["images"]), record)
+            for key in REPEATED:
+                if key in record and record[key] == first.get(key):
+                    record[key] = first[key]
             if record.get("without_views"):
                 raise ValueError(
                     f"{file}:{number}: written without pictures (without_views); prepare the file again with --scans"
@@ -98,6 +102,8 @@ def load_samples(files: Iterable[str | Path]) -> list[Sample]:
                 if not path_below(root, path).is_file():
                     raise ValueError(f"{file}:{number}: {root / path} is missing; fetch or render the scene again")
             samples.append(Sample(record, root, source))
+        if len(samples) == before:
+            raise ValueError(f"{file}: holds no samples")
     return samples
 
 
@@ -369,8 +375,9 @@ class Collator(ViewLoader):
         self.tokenizer = tokenizer
         self.num_visual_tokens, self.share_prefix = num_visual_tokens, share_prefix
         self.placeholder = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        # By the identity of a training sample's record, which is kept so that no other takes it: prompt and response.
-        self._known: dict[int, tuple[dict, array, array]] = {}
+        self.weighs = data.loss_weights != LossWeightsConfig()
+        # By the identity of a training sample's record (kept, so that no other takes it): prompt, response, weights.
+        self._known: dict[int, tuple[dict, array, array, array]] = {}
 
     def __call__(
         self, samples: list[Sample], *, generate: bool = False, blind: bool = False, views: list[Sample] | None = None
@@ -378,7 +385,8 @@ class Collator(ViewLoader):
         """A batch for `RoomPlanVLM.forward`, or for `generate` (prompts only, padded on the left).
 
         views: samples whose views are shown instead of each sample's own (the shuffled control).
-        blind: no visual tokens at all. Labels cover the response and its end token.
+        blind: no visual tokens at all. Labels cover the response and its end token. `loss_weights` of training samples
+        go with them where `data.loss_weights` asks for it.
         """
         shown = views or samples
         changes = [self.augmentation(sample) for sample in shown]
@@ -387,8 +395,12 @@ class Collator(ViewLoader):
         ]
         first = dict(zip(reversed(shown_as), reversed(shown), strict=True))
         keys = list(dict.fromkeys(shown_as))
-        prompts, responses = self._token_ids(samples, changes, generate, blind)
+        prompts, responses, weights = self._token_ids(samples, changes, generate, blind)
         batch = self._pad(samples, prompts, responses, generate)
+        if self.weighs and responses and any(sample.draw is not None for sample in samples):
+            batch["loss_weights"] = torch.ones_like(batch["labels"], dtype=torch.float32)
+            for row, prompt, own in zip(batch["loss_weights"], prompts, weights, strict=True):
+                row[len(prompt) : len(prompt) + len(own)] = torch.tensor(own)
         if not blind:
             sets = [self.view_set(first[key], key[1]) for key in keys]
             number = {key: i for i, key in enumerate(keys)}
@@ -409,15 +421,16 @@ class Collator(ViewLoader):
                 ]
             if self.share_prefix and not generate and len(keys) < len(samples):
                 if length := prefix_length(prompts, self.placeholder):
-                    batch["shared_prefix"] = lay_out(batch["attention_mask"], batch["labels"], length)
+                    laid_out = batch["attention_mask"], batch["labels"], length, batch.get("loss_weights")
+                    batch["shared_prefix"] = lay_out(*laid_out)
             if any(any(key[2]) for key in keys):
                 batch["view_mask"] = [~torch.tensor(key[2]) for key in keys]
         return batch
 
     def _token_ids(
         self, samples: list[Sample], changes: list[Augmentation], generate: bool, blind: bool
-    ) -> tuple[list[list[int]], list[list[int]]]:
-        """The tokens of each prompt, and of each response with its end token (none to generate).
+    ) -> tuple[list[list[int]], list[list[int]], list[list[float]]]:
+        """The tokens of each prompt, and of each response with its end token (none to generate) and their weights.
 
         Texts of training that no draw changes are written and tokenised once; one placeholder is tokenised in place of
         all, which are the same.
@@ -431,20 +444,38 @@ class Collator(ViewLoader):
             prompts = self._tokenise(
                 prompt_text(samples[i].record, self.tokenizer, *settings, changes[i], self.data.codec) for i in new
             )
-            responses = [array("i")] * len(new)
+            responses, weights = [array("i")] * len(new), [array("f")] * len(new)
             if not generate:
-                texts = (response_text(samples[i].record, changes[i], self.data.codec) for i in new)
+                texts = [response_text(samples[i].record, changes[i], self.data.codec) for i in new]
                 responses = self._tokenise(texts, self.tokenizer.eos_token_id)
-            for i, prompt, response in zip(new, prompts, responses, strict=True):
-                known[i] = samples[i].record, prompt, response
+                if self.weighs:
+                    weights = self._weights([samples[i] for i in new], texts)
+            for i, prompt, response, own in zip(new, prompts, responses, weights, strict=True):
+                known[i] = samples[i].record, prompt, response, own
                 if fixed[i]:
                     self._known[id(samples[i].record)] = known[i]
-        prompts = [prompt.tolist() for _, prompt, _ in known]
+        prompts = [prompt.tolist() for _, prompt, _, _ in known]
         if num_tokens > 1:
             for ids in prompts:
                 place = ids.index(self.placeholder)
                 ids[place:place] = [self.placeholder] * (num_tokens - 1)
-        return prompts, [] if generate else [response.tolist() for _, _, response in known]
+        responses = [] if generate else [response.tolist() for _, _, response, _ in known]
+        return prompts, responses, [own.tolist() for *_, own in known]
+
+    def _weights(self, samples: list[Sample], texts: list[str]) -> list[array]:
+        """The weights of each response's tokens but the end token, which weighs 1."""
+        offsets = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        found = []
+        for sample, text, places in zip(samples, texts, offsets, strict=True):
+            weights = np.ones(len(text) + 1, dtype=np.float32)  # by character
+            if "instruction" not in sample.record:
+                weights[:] = self.data.loss_weights.answers
+            else:
+                for start, end in place_digits(text, self.data.codec):
+                    weights[start:end] = self.data.loss_weights.places
+            # A token weighs as much as the character of it that weighs most.
+            found.append(array("f", [max(weights[start:end], default=1.0) for start, end in places]))
+        return found
 
     def _tokenise(self, texts: Iterable[str], *end: int) -> list[array]:
         return [array("i", [*ids, *end]) for ids in self.tokenizer([*texts], add_special_tokens=False)["input_ids"]]

@@ -6,7 +6,9 @@ import copy
 import os
 import shutil
 from pathlib import Path
+from typing import Literal
 
+import torch
 from peft import LoraConfig, TaskType
 from safetensors.torch import save_file
 
@@ -14,13 +16,23 @@ from roomplan_lib.training.checkpoint import list_checkpoints, read_state
 from roomplan_lib.training.run import load_model_folder
 
 ADAPTER, BASE = "adapter", "language_model"
+RECORDS = ("run.yaml", "metrics.jsonl", "scores.json")
 
 
-def consolidate(source: str | Path, output: str | Path | None = None) -> Path:
+def consolidate(
+    source: str | Path,
+    output: str | Path | None = None,
+    *,
+    whole: bool = False,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> Path:
     """Writes a model folder that `RoomPlanVLM.from_pretrained` loads, and returns it.
 
     source: a run's folder (its trained model, else its newest checkpoint), a model folder or a checkpoint. output: the
     new folder; consolidated/ in the run's folder, or <checkpoint>-consolidated beside a checkpoint, when left out.
+    whole: with the frozen pretrained weights, which the folder otherwise names and does not hold. dtype: of all weights
+    in the files; they are widened when they are loaded. What tells how a run went (run.yaml, metrics.jsonl,
+    scores.json, as far as they are there) goes beside its weights.
     A model with LoRA adapters also gets adapter/ (adapter_model.safetensors, adapter_config.json), which
     `peft.PeftModel.from_pretrained` puts on the base language model, and language_model/ with that base unless a hub
     id or folder already has its weights. Raises ValueError when there is no model, it is damaged, or output exists.
@@ -40,12 +52,19 @@ def consolidate(source: str | Path, output: str | Path | None = None) -> Path:
     if output.exists():
         raise ValueError(f"{output} exists; delete it or choose another --output")
     model, tokenizer = load_model_folder(weights)
+    model.to(getattr(torch, dtype))
+    if whole:  # nothing is elsewhere, so nothing says where it was
+        model.config.references.clear()
+        model.config.model["vggt_weights"] = model.config.model["language_model"]["name"] = ""
     staging = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         if model.settings.language_model.lora:
             _write_adapter(model, staging, output)
+        for name in RECORDS if weights != source else ():
+            if (source / name).is_file():
+                shutil.copyfile(source / name, staging / name)
         staging.rename(output)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -2,7 +2,8 @@
 
 Shapes: B view sets of S views of H x W pixels. Targets are in the frame of a set's first camera, in units of the mean
 distance of the set's valid points from that camera, so a room and its model in any scale have the same ones.
-Predictions are not normalised: the network has to find that unit itself.
+Predictions are not normalised: the network has to find that unit itself. A VGGT of one fixed unit (`metres_per_unit`)
+learns metres instead, where all cameras are of one kind and all rooms of one size.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from roomplan_lib.config import GeometryLossConfig
 from roomplan_lib.model.vggt import cameras_to_pose_encoding, pose_encoding_to_cameras, unproject_depth
 
 
-def geometry_targets(depth: Tensor, K: Tensor, camera_to_world: Tensor) -> dict[str, Tensor]:
+def geometry_targets(
+    depth: Tensor, K: Tensor, camera_to_world: Tensor, metres_per_unit: float = 0.0
+) -> dict[str, Tensor]:
     """What the heads are to predict for view sets of known depth [B, S, H, W], K [B, S, 3, 3] and poses [B, S, 4, 4].
 
     depth: metres along the camera's z, 0 = missing. Poses: rigid, metres, any world.
+    metres_per_unit: 0 = each set's own unit, the mean distance of its points from its first camera.
     Returns `pose_enc` [B, S, 9], `depth` [B, S, H, W], `world_points` [B, S, H, W, 3], `valid` [B, S, H, W] bool and
     `unit` [B], metres. Raises ValueError for a set without any depth.
     """
@@ -29,6 +33,8 @@ def geometry_targets(depth: Tensor, K: Tensor, camera_to_world: Tensor) -> dict[
     if not count.all():
         raise ValueError("a view set has no valid depth in any of its views; leave out scenes without depth")
     unit = (points.norm(dim=-1) * valid).flatten(1).sum(1) / count
+    if metres_per_unit:
+        unit = torch.full_like(unit, metres_per_unit)
     world_to_camera = world_to_camera.clone()
     world_to_camera[..., :3, 3] /= unit[:, None, None]
     return {
@@ -120,20 +126,25 @@ def geometry_loss(
     return sum(getattr(settings, f"{name}_weight") * loss for name, loss in losses.items()), losses
 
 
-def geometry_errors(predictions: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
+def geometry_errors(
+    predictions: dict[str, Tensor], targets: dict[str, Tensor], metres_per_unit: float = 0.0
+) -> dict[str, Tensor]:
     """How wrong predictions are, one number [B] per view set.
 
     `depth_abs_rel`: mean of |p - t| / t over the set's valid pixels, after p is multiplied by the ratio of the medians;
     `depth_delta_125`: share of them with max(p / t, t / p) below 1.25. `rotation_error_deg`: mean angle between
     predicted and true orientation of the views but the first, relative to the first. `direction_error_deg`: mean angle
     between predicted and true direction from the first camera to the others. `point_rmse_m`: of the point map in
-    metres, after the same kind of scaling. Heads that were not asked for are left out.
+    metres, after the same kind of scaling. Heads that were not asked for are left out. With `metres_per_unit` also
+    `depth_metric_abs_rel`: as `depth_abs_rel`, of depth as it is predicted.
     """
     valid, errors = targets["valid"].flatten(1), {}
     if "depth" in predictions:
         found, true = predictions["depth"][..., 0].flatten(1).float(), targets["depth"].flatten(1)
-        found = found * _median_ratio(true, found, valid)[:, None]
         safe = torch.where(valid, true, 1.0)
+        if metres_per_unit:
+            errors["depth_metric_abs_rel"] = _mean((found - true).abs() / safe, valid)
+        found = found * _median_ratio(true, found, valid)[:, None]
         errors["depth_abs_rel"] = _mean((found - true).abs() / safe, valid)
         errors["depth_delta_125"] = _mean((torch.maximum(found / safe, safe / found) < 1.25).float(), valid)
     if "pose_enc" in predictions:

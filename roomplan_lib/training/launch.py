@@ -181,7 +181,7 @@ def _train_group(
             "start it again and it goes on from there"
         )
     if group.returncode:
-        _raise_failure(run_dir, folder, list(lines), group.returncode)
+        _raise_failure(run_dir, folder, list(lines), group.returncode, nodes * per_node, status != status_before)
     return run_dir
 
 
@@ -312,39 +312,46 @@ def _read_status(run_dir: Path) -> dict:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def _raise_failure(run_dir: Path, folder: Path, lines: list[str], returncode: int) -> None:
+def _raise_failure(
+    run_dir: Path, folder: Path, lines: list[str], returncode: int, world_size: int, begun: bool
+) -> None:
     """Raise what the process said that failed first, or how it died.
 
-    The others then fail in the middle of an exchange, maybe sooner than it ends, so they are asked last. status.json
-    tells it too, unless the run was not begun: then it still tells of the run that the folder holds.
+    The others then fail in the middle of an exchange, maybe sooner than it ends, so they are asked last; where only
+    they have something to say, the one that is silent is lost. status.json tells it too, unless the run was not
+    `begun`: then it still tells of the run that the folder holds.
     """
     reports = [json.loads(path.read_text()) for path in folder.glob("rank-*.json")]
+    again = "start the run again and it goes on from its newest whole checkpoint"
     first = min(reports, key=lambda report: (report["in_exchange"], report["time"]), default=None)
     killed = _killed_rank(lines) if first is None or first["in_exchange"] else None
-    if killed is None and first is None and returncode < 0:
-        killed = "the launcher of its processes", -returncode
+    number = returncode - 128 if returncode > 128 else -returncode  # srun says it as a shell does
+    if killed is None and first is None and number in set(signal.Signals):
+        killed = "the launcher of its processes", number
+    lost = begun and not killed and first is not None and first["lost"] and len(reports) < world_size
     if killed:
         who, number = killed
-        text = (
-            f"{who} was killed by {signal.Signals(number).name}"
-            f"{' (out of memory?)' * (number == signal.SIGKILL)}; start the run again and it goes on from its newest "
-            "whole checkpoint"
-        )
+        memory = " (out of memory?)" * (number == signal.SIGKILL)
+        text = f"{who} was killed by {signal.Signals(number).name}{memory}; {again}"
+    elif lost:
+        reason = first["message"].partition("\n")[0]
+        text = f"rank {first['rank']} lost a silent process: its node is gone, or it hangs; {again} ({reason})"
     elif first:
         text = f"rank {first['rank']} failed: {first['message']}"
     else:
         text = f"the processes ended with exit status {returncode}"
     status = _read_status(run_dir) or {"step": 0, "max_steps": 0, "world_size": 0}
-    if status.get("status") == "running" or (killed and status.get("status") != "finished"):
+    if status.get("status") == "running" or ((killed or lost) and status.get("status") != "finished"):
         status |= {"status": "failed", "error": text, "time": time.strftime("%FT%T%z")}
-        status |= {"signal": killed[1]} if killed else {}
+        status |= {"signal": killed[1]} if killed else {"lost": True} if lost else {}
         write_whole(run_dir / "status.json", json.dumps(status, indent=1) + "\n")
     if killed:
         raise RuntimeError(f"{run_dir}: {text}; its last lines are in train.log")
     if not first:
         shown = "\n".join(lines[-NUM_SHOWN_LINES:])
         raise RuntimeError(f"{run_dir}: {text}\n{shown}")
-    failure = RuntimeError(f"{run_dir}: rank {first['rank']} failed\n{first['traceback']}")
+    what = text if lost else f"rank {first['rank']} failed"
+    failure = RuntimeError(f"{run_dir}: {what}\n{first['traceback']}")
     if first["kind"]:
         raise EXPECTED[first["kind"]](first["message"]) from failure
     raise failure
@@ -394,6 +401,7 @@ def main(path: Path) -> int:
             line_buffering=True, write_through=False
         )  # whole lines, so that those of two ranks never mix
     rank = int(os.environ["RANK"])
+    from roomplan_lib.training.processes import is_lost
     from roomplan_lib.training.run import train
 
     try:
@@ -405,7 +413,10 @@ def main(path: Path) -> int:
         kind = next((k for k in EXPECTED if isinstance(error, EXPECTED[k])), "")
         report = {"rank": rank, "time": time.time(), "kind": kind, "message": str(error)}
         report["traceback"] = traceback.format_exc()
-        report["in_exchange"] = "torch/distributed/distributed_c10d.py" in report["traceback"]  # with another process
+        # With another process; DeepSpeed waits for one outside torch's module of collectives.
+        lost = is_lost(error) or error.__cause__ is not None and is_lost(error.__cause__)
+        report["lost"] = lost
+        report["in_exchange"] = lost or "torch/distributed/distributed_c10d.py" in report["traceback"]
         write_whole(path.with_name(f"rank-{rank}.json"), json.dumps(report))
         print(f"rank {rank}: {report['traceback']}", file=sys.stderr)
         return 1

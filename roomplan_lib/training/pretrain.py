@@ -15,7 +15,7 @@ import yaml
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from roomplan_lib.config import PretrainConfig, data_path, load_pretrain_config, parse, to_dict
+from roomplan_lib.config import PretrainConfig, PretrainTrainingConfig, data_path, load_pretrain_config, parse, to_dict
 from roomplan_lib.files import write_whole
 from roomplan_lib.model.vggt import VGGT, VGGTConfig, load_vggt
 from roomplan_lib.system import peak_memory
@@ -26,7 +26,7 @@ from roomplan_lib.training.processes import Processes, resolve_device
 from roomplan_lib.training.run import changed_settings, surroundings
 from roomplan_lib.training.status import Preempted, RunLock, StopRequest, write_status
 from roomplan_lib.training.strategy import Replicated
-from roomplan_lib.training.trainer import begin_loader_process, schedule_factor, to_device
+from roomplan_lib.training.trainer import begin_loader_process, muon_weights, schedule_factor, to_device
 from roomplan_lib.training.view_sets import NUM_CATEGORIES, DrawnSteps, PackedScenes, held_out_sets
 
 # Settings that change nothing learned, so a run that goes on may have others.
@@ -58,7 +58,8 @@ class GeometryLearner(nn.Module):
         """`loss` of a batch of `draw_step`, as its share of a step with `num_items_in_batch` view sets."""
         predictions = self.predict(images)
         with torch.autocast(images.device.type, enabled=False):
-            targets = geometry_targets(known["depth"], known["K"], known["camera_to_world"])
+            unit = self.vggt.config.metres_per_unit
+            targets = geometry_targets(known["depth"], known["K"], known["camera_to_world"], unit)
             targets["categories"] = known["categories"]
             loss, losses = geometry_loss(predictions, targets, self.settings)
         self.losses = {name: value.detach() for name, value in losses.items()}
@@ -148,7 +149,7 @@ class _Run:
         if config.vggt_weights and not found:
             start = load_vggt(data_path(config.vggt_weights), vggt_config)
             self.learner.vggt.load_state_dict(start.state_dict())
-        self.groups = _parameter_groups(self.learner, config.training.weight_decay)
+        self.groups = _parameter_groups(self.learner, config.training)
         self.processes = Processes(torch.device(resolve_device(config.training.device)))
         self.step = 0
         self._clear()
@@ -297,7 +298,9 @@ def evaluate(
     for batch in held_out_sets(scenes, seed, num_sets, num_views, EVAL_BATCH):
         batch = to_device(batch, device)
         predictions = learner.predict(batch["images"])
-        errors = geometry_errors(predictions, geometry_targets(batch["depth"], batch["K"], batch["camera_to_world"]))
+        unit = learner.vggt.config.metres_per_unit
+        targets = geometry_targets(batch["depth"], batch["K"], batch["camera_to_world"], unit)
+        errors = geometry_errors(predictions, targets, unit)
         if "categories" in predictions:
             guessed = predictions["categories"].argmax(-1, keepdim=True)
             right = batch["categories"].gather(-1, guessed).flatten(1).sum(1)
@@ -312,15 +315,22 @@ def evaluate(
     }
 
 
-def _parameter_groups(learner: GeometryLearner, weight_decay: float) -> list[dict]:
-    """Weight decay on matrices and kernels only: no norms, biases, tokens or gains."""
+def _parameter_groups(learner: GeometryLearner, settings: PretrainTrainingConfig) -> list[dict]:
+    """Weight decay on matrices and kernels only: no norms, biases, tokens or gains. `muon`: linear layers, if asked."""
     layers = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
     decayed = {id(module.weight) for module in learner.modules() if isinstance(module, layers)}
+    matrices = muon_weights(learner) if settings.optimizer == "muon" else set()
     trained = [p for p in learner.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if (id(p) in decayed) == decay], "weight_decay": weight_decay * decay}
-        for decay in (True, False)
+    kinds = ((True, False), (True, True), (False, False))
+    groups = [
+        {
+            "params": [p for p in trained if (id(p) in decayed) == decay and (id(p) in matrices) == muon],
+            "weight_decay": settings.weight_decay * decay,
+        }
+        | ({"muon": True} if muon else {})
+        for decay, muon in kinds
     ]
+    return [group for group in groups if group["params"]]
 
 
 def _check_settings(config: PretrainConfig, old: PretrainConfig) -> None:

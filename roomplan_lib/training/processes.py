@@ -64,8 +64,17 @@ class Processes:
 
 def is_lost(error: BaseException) -> bool:
     """Whether a collective failed with this error because another process is gone, or did not come in time."""
-    signs = ("onnection closed by peer", "onnection reset", "Broken pipe", "Timed out waiting", "NCCL")
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    signs = (
+        "onnection closed by peer",
+        "onnection reset",
+        "Broken pipe",
+        "Timed out waiting",
+        "monitoredBarrier",
+        "NCCL",
+    )
+    own = ("out of memory", "CUDA error", "cuda error")  # of this process, though NCCL or a collective came upon it
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(s in text for s in signs) and not any(s in text for s in own)
 
 
 @contextmanager

@@ -77,9 +77,9 @@ def _train_alone(config: RunConfig, processes: Processes, on_log: Callable[[dict
         return run_dir
     step = 0
 
-    def tell(status: str, error: str = "") -> None:
+    def tell(status: str, error: str = "", asked_by: str = "") -> None:
         if processes.is_first:
-            write_status(run_dir, status, step, config.training.max_steps, processes.world_size, error)
+            write_status(run_dir, status, step, config.training.max_steps, processes.world_size, error, asked_by)
 
     def saved(at: int) -> None:
         nonlocal step
@@ -100,9 +100,10 @@ def _train_alone(config: RunConfig, processes: Processes, on_log: Callable[[dict
             raise RuntimeError(f"{reason} ({str(error).splitlines()[0]})") from error
         raise
     finished = step == config.training.max_steps
+    asked_by = "" if finished else stop.asked_by()
     if processes.is_first:
         stop.stop_file.unlink(missing_ok=True)
-    tell("finished" if finished else "preempted")
+    tell("finished" if finished else "preempted", asked_by=asked_by)
     if not finished:
         raise Preempted(
             f"{run_dir}: stopped on request after step {step} of {config.training.max_steps}; a whole checkpoint "

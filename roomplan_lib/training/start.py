@@ -78,13 +78,24 @@ def _part(key: str) -> str:
     return "LoRA adapters" if "lora_" in key else key.split(".", 1)[0]
 
 
+def _shaping(settings):
+    """Settings of a part less what no weight depends on: a spatial resampler pools into any number of places."""
+    if isinstance(settings, dict) and settings.get("kind") == "spatial":
+        return {key: value for key, value in settings.items() if key != "num_latents"}
+    return settings
+
+
 def _differences(former: dict, here: dict, config: RoomPlanConfig, model: RoomPlanVLM) -> list[str]:
     """Settings of parts that both models have and that differ, and frozen parts that have other pretrained weights."""
     found = []
     same = ["vggt", "tap_layers", "resampler", "geometry"]
     if former["positions"]["method"] != "base":  # a model without them may get some
         same.append("positions")
-    found += [f"model.{key}: {former[key]} there, {here[key]} here" for key in same if former[key] != here[key]]
+    found += [
+        f"model.{key}: {former[key]} there, {here[key]} here"
+        for key in same
+        if _shaping(former[key]) != _shaping(here[key])
+    ]
     lora, own = former["language_model"]["lora"], here["language_model"]["lora"]
     if lora is not None and lora != own:
         found.append(f"model.language_model.lora: {lora} there, {own} here")

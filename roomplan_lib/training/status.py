@@ -25,10 +25,12 @@ class Preempted(RuntimeError):
     """The run was asked to stop and has saved where it was."""
 
 
-def write_status(run_dir: Path, status: str, step: int, max_steps: int, world_size: int, error: str = "") -> None:
-    """status.json: running, preempted, finished or failed, and how far the run has come."""
+def write_status(
+    run_dir: Path, status: str, step: int, max_steps: int, world_size: int, error: str = "", asked_by: str = ""
+) -> None:
+    """status.json: running, preempted (asked by what), finished or failed (why), and how far the run has come."""
     record = {"status": status, "step": step, "max_steps": max_steps, "world_size": world_size}
-    record |= {"error": error} if error else {}
+    record |= {key: text for key, text in (("error", error), ("asked_by", asked_by)) if text}
     record["time"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     write_whole(run_dir / "status.json", json.dumps(record, indent=1) + "\n")
 
@@ -102,6 +104,12 @@ class StopRequest:
 
     def __call__(self) -> bool:
         return bool(self.signal) or (self.stop_file is not None and self.stop_file.exists())
+
+    def asked_by(self) -> str:
+        """`STOP file`, the name of the signal, or `another process`, once the processes of a run agree to stop."""
+        if self.stop_file is not None and self.stop_file.exists():
+            return "STOP file"
+        return signal.Signals(self.signal).name if self.signal else "another process"
 
     @contextmanager
     def listening(self) -> Iterator[None]:

@@ -19,6 +19,7 @@ from roomplan_lib.model.vlm import RoomPlanVLM
 from roomplan_lib.training.processes import Processes
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a weight, beside the number of steps
+MUON = ("momentum_buffer",)  # Muon's
 # Weights of fewer numbers are held by every process under ZeRO-3: per unit of the language model's width, as in
 # transformers' own choice, so that norms stay whole and matrices are sharded at every size.
 PERSISTENT_PER_WIDTH = 10
@@ -27,8 +28,9 @@ PERSISTENT_PER_WIDTH = 10
 class Replicated:
     """Every process holds all weights; the gradients of those that are trained are summed once per step.
 
-    The gradients lie in one flat buffer, behind them the step's loss, so that a step needs one collective, and what is
-    frozen (the encoder, the base of the language model) is never looked at.
+    Of several processes the gradients lie in one flat buffer, behind them the step's loss, so that a step needs one
+    collective; a process alone spares itself the pass over all weights that adding to a buffer takes. What is frozen
+    (the encoder, the base of the language model) is never looked at.
     """
 
     def __init__(
@@ -46,13 +48,15 @@ class Replicated:
         other = [name for name, p in self.trained.items() if p.dtype != torch.float32]
         assert not other, f"weights are trained in float32, not so: {other[:5]}"
         sizes = [p.numel() for p in self.trained.values()]
-        self.buffer = torch.zeros(sum(sizes) + 1, device=processes.device)
-        self.gradients, self.loss = self.buffer[:-1], self.buffer[-1:]
-        for parameter, flat in zip(self.trained.values(), self.gradients.split(sizes), strict=True):
-            parameter.grad = flat.view_as(parameter)
+        self.buffer = torch.zeros(sum(sizes) + 1 if processes.world_size > 1 else 1, device=processes.device)
+        self.loss = self.buffer[-1:]
+        if processes.world_size > 1:
+            for parameter, flat in zip(self.trained.values(), self.buffer[:-1].split(sizes), strict=True):
+                parameter.grad = flat.view_as(parameter)
         for layer in self.compiled:
             layer.compile()
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+        self.optimizers = _optimizers(groups)
+        self.order = [id(group["params"][0]) for group in groups]
         check = sum(p.detach().double().sum().item() for p in self.trained.values())
         assert len(set(processes.gather(check))) == 1, "the processes start with different weights"
 
@@ -68,9 +72,11 @@ class Replicated:
         """The step's loss over all processes; the one place of a step that waits for the device."""
         if self.processes.world_size > 1:
             dist.all_reduce(self.buffer)
-        norm = torch.nn.utils.get_total_norm(
-            [p.grad for p in self.trained.values()]
-        )  # one sum over all would lose digits
+        for parameter in self.trained.values():
+            if parameter.grad is None:  # had no part in this step; its moments fade all the same, as with a buffer
+                parameter.grad = torch.zeros_like(parameter)
+        self.found = [p.grad for p in self.trained.values()]
+        norm = torch.nn.utils.get_total_norm(self.found)  # one sum over all numbers would lose digits
         loss, self.norm = torch.stack([self.loss[0], norm]).tolist()
         return loss
 
@@ -80,11 +86,16 @@ class Replicated:
         if math.isfinite(self.norm):
             limit = self.settings.max_grad_norm
             if limit and self.norm > limit:
-                self.gradients *= limit / (self.norm + 1e-6)
-            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
-            self.optimizer.step()
+                torch._foreach_mul_(self.found, limit / (self.norm + 1e-6))
+            found = {id(g["params"][0]): g for optimizer in self.optimizers for g in optimizer.param_groups}
+            for first, rate in zip(self.order, rates, strict=True):
+                found[first]["lr"] = rate
+            for optimizer in self.optimizers:
+                optimizer.step()
         self.buffer.zero_()
+        if self.processes.world_size == 1:
+            for parameter in self.trained.values():
+                parameter.grad = None
         return self.norm
 
     @torch.no_grad()
@@ -101,19 +112,21 @@ class Replicated:
         return self.model.state_dict()
 
     def moments(self) -> dict[str, Tensor]:
-        """AdamW's state on the host: `<moment>.<weight's name>`, on the first process."""
-        state = {name: self.optimizer.state[p] for name, p in self.trained.items()}
-        return {f"{key}.{name}": values[key].cpu() for name, values in state.items() for key in MOMENTS}
+        """The optimizers' state on the host: `<moment>.<weight's name>`, on the first process."""
+        found = {id(p): (values, _moments_of(o)) for o in self.optimizers for p, values in o.state.items()}
+        states = {name: found[id(p)] for name, p in self.trained.items()}
+        return {f"{key}.{name}": values[key].cpu() for name, (values, keys) in states.items() for key in keys}
 
     def load_moments(self, moments: Mapping[str, Tensor], step: int) -> None:
-        state = self.optimizer.state_dict()
         names = {id(p): name for name, p in self.trained.items()}
-        order = [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
-        state["state"] = {
-            i: {"step": torch.tensor(float(step))} | {key: moments[f"{key}.{name}"] for key in MOMENTS}
-            for i, name in enumerate(order)
-        }
-        self.optimizer.load_state_dict(state)
+        for optimizer in self.optimizers:
+            state = optimizer.state_dict()
+            order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+            state["state"] = {
+                i: {"step": torch.tensor(float(step))} | {k: moments[f"{k}.{name}"] for k in _moments_of(optimizer)}
+                for i, name in enumerate(order)
+            }
+            optimizer.load_state_dict(state)
 
     def close(self) -> None:
         """Gives the model back as it was taken, but for what it has learned."""
@@ -121,6 +134,21 @@ class Replicated:
             layer._compiled_call_impl = None
         for parameter in self.trained.values():
             parameter.grad = None
+
+
+def _optimizers(groups: list[dict]) -> list[torch.optim.Optimizer]:
+    """AdamW for all groups, or Muon for those that say `muon` (matrices) and AdamW for the rest."""
+    found: list[torch.optim.Optimizer] = []
+    if rest := [group for group in groups if not group.get("muon")]:
+        found.append(torch.optim.AdamW(rest, betas=(0.9, 0.95), fused=True))
+    if matrices := [group for group in groups if group.get("muon")]:
+        # With updates as large as AdamW's, so that one learning rate means the same for both (Liu et al. 2025).
+        found.append(torch.optim.Muon(matrices, momentum=0.95, nesterov=True, adjust_lr_fn="match_rms_adamw"))
+    return found
+
+
+def _moments_of(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    return MUON if isinstance(optimizer, torch.optim.Muon) else MOMENTS
 
 
 class Sharded:
@@ -156,22 +184,24 @@ class Sharded:
         alone = "LOCAL_RANK" not in os.environ
         if alone:  # DeepSpeed asks for it, and others would take it for a group that waits for this process
             os.environ["LOCAL_RANK"] = "0"
-        self.engine, self.optimizer, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=fused),
-            dist_init_required=False,
-            config={
-                "train_micro_batch_size_per_gpu": self.settings.micro_batch_size,
-                "gradient_accumulation_steps": 1,  # a step's end is told by set_gradient_accumulation_boundary
-                "gradient_clipping": self.settings.max_grad_norm,
-                "zero_optimization": sharding,
-                "zero_allow_untested_optimizer": True,
-                "zero_force_ds_cpu_optimizer": False,  # torch's AdamW on the host as well: nothing to compile
-                "steps_per_print": 2**31,
-            },
-        )
-        if alone:
-            del os.environ["LOCAL_RANK"]
+        try:
+            self.engine, self.optimizer, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=fused),
+                dist_init_required=False,
+                config={
+                    "train_micro_batch_size_per_gpu": self.settings.micro_batch_size,
+                    "gradient_accumulation_steps": 1,  # a step's end is told by set_gradient_accumulation_boundary
+                    "gradient_clipping": self.settings.max_grad_norm,
+                    "zero_optimization": sharding,
+                    "zero_allow_untested_optimizer": True,
+                    "zero_force_ds_cpu_optimizer": False,  # torch's AdamW on the host as well: nothing to compile
+                    "steps_per_print": 2**31,
+                },
+            )
+        finally:
+            if alone:
+                del os.environ["LOCAL_RANK"]
         self.loss = torch.zeros((), device=processes.device)
 
     def forward_backward(self, batch: dict, num_supervised: int, last: bool) -> Tensor:

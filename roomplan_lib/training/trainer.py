@@ -392,9 +392,12 @@ def begin_loader_process(_worker: int) -> None:
         signal.signal(kind, signal.SIG_IGN)
 
 
-def count_supervised(batch: dict) -> int:
-    """Tokens of a batch that the loss is taken over."""
-    return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+def count_supervised(batch: dict) -> float:
+    """Tokens of a batch that the loss is taken over, or the sum of their weights."""
+    supervised = batch["labels"][:, 1:] != IGNORE_INDEX
+    if "loss_weights" in batch:
+        return batch["loss_weights"][:, 1:][supervised].sum(dtype=torch.float64).item()
+    return int(supervised.sum())
 
 
 def schedule_factor(step: int, settings: TrainingConfig) -> float:
@@ -410,14 +413,22 @@ def schedule_factor(step: int, settings: TrainingConfig) -> float:
 
 
 def parameter_groups(model: RoomPlanVLM, config: RunConfig) -> list[dict]:
-    """AdamW groups: the rate by part, weight decay on matrices only (no norms, biases, embeddings or latents)."""
+    """Optimizer groups: the rate by part, weight decay on matrices only (no norms, biases, embeddings or latents).
+
+    `muon` says which of them Muon is asked for: the weights of linear layers, but for embeddings and the head.
+    """
     settings = config.training
     rates = {"encoder": settings.encoder_learning_rate, "language_model": settings.learning_rate}
     groups = []
     for name, part in model.parts().items():
         linear = {id(m.weight) for m in part.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
-        for decay in (True, False):
-            parameters = [p for p in part.parameters() if p.requires_grad and (id(p) in linear) == decay]
+        matrices = muon_weights(part) if settings.optimizer == "muon" else set()
+        for decay, muon in ((True, False), (True, True), (False, False)):
+            parameters = [
+                p
+                for p in part.parameters()
+                if p.requires_grad and (id(p) in linear) == decay and (id(p) in matrices) == muon
+            ]
             if parameters:
                 groups.append(
                     {
@@ -426,10 +437,19 @@ def parameter_groups(model: RoomPlanVLM, config: RunConfig) -> list[dict]:
                         "weight_decay": settings.weight_decay if decay else 0.0,
                         "name": name,
                     }
+                    | ({"muon": True} if muon else {})
                 )
     if not groups:
         raise ValueError("nothing to train: every part is frozen; see model.freeze_vggt and model.language_model")
     return groups
+
+
+def muon_weights(part: torch.nn.Module) -> set[int]:
+    """The identities of the weights that Muon is meant for: matrices of linear layers, no embedding and no head."""
+    kinds = torch.nn.Linear, torch.nn.Embedding
+    linear, embedding = ({id(m.weight) for m in part.modules() if isinstance(m, kind)} for kind in kinds)
+    head = getattr(part, "lm_head", None)
+    return linear - embedding - ({id(head.weight)} if head is not None else set())
 
 
 def to_device(value, device: torch.device):

@@ -15,16 +15,20 @@ MANY = 40  # held-out losses; more are drawn without marks
 MAX_POINTS = 2000  # of a line: more than a figure has pixels for
 # Key of metrics.jsonl and title with unit of the small panels; those that no run has are left out.
 PANELS = (
+    ("eval_center_error_m", "median centre error of held-out anchors (m)"),
+    ("eval_em", "exact match of held-out questions"),
     ("learning_rate", "learning rate"),
     ("grad_norm", "gradient norm"),
     ("samples_per_s", "samples per second"),
 )
-HEIGHT = 4.3  # inches without the title: 16:10 with a title of two lines
+HEIGHT = 4.3  # inches without the title: 16:10 with a title of two lines; for as many small panels as FIT
+FIT = 3
 WIDE, VERY_WIDE = 3.0, 30.0  # greatest loss and gradient norm over the least: from here on the axis is logarithmic
 
 
 def curve_figure(metrics: dict[str, list[dict]]) -> PrintFigure:
-    """Training and held-out loss, learning rate, gradient norm and samples per second of runs against the step.
+    """Training and held-out loss, errors on held-out samples, learning rate, gradient norm and samples per second of
+    runs against the step.
 
     metrics: by run name, the entries of its metrics.jsonl. A log that a resumed run repeats replaces the earlier one.
     The loss is drawn as it was logged (faint) and smoothed; its axis is logarithmic where it falls to less than a
@@ -34,9 +38,9 @@ def curve_figure(metrics: dict[str, list[dict]]) -> PrintFigure:
     if not metrics:
         raise ValueError("no logged step in the metrics of any run")
     title_height = 0.12 + 0.16 * len(metrics)
-    height = HEIGHT + title_height
-    figure = PrintFigure(height)
     panels = [(key, title) for key, title in PANELS if any(len(_series(e, key)[0]) for e in metrics.values())]
+    height = HEIGHT * max(1.0, len(panels) / FIT) ** 0.6 + title_height
+    figure = PrintFigure(height)
     columns = figure.add_gridspec(
         max(len(panels), 1), 2 if panels else 1, width_ratios=(2.1, 1) if panels else None, left=0.07, right=0.985,
         bottom=0.1, top=1 - (title_height + 0.1) / height, wspace=0.2, hspace=0.3,
@@ -59,7 +63,8 @@ def curve_figure(metrics: dict[str, list[dict]]) -> PrintFigure:
         for key, ax in small.items():
             at, values = _series(entries, key)
             if len(values):
-                ax.plot(*_thinned(at, values), dash, color=color, linewidth=1.0)
+                mark = "." if key.startswith("eval_") and len(values) <= MANY else ""
+                ax.plot(*_thinned(at, values), dash, color=color, linewidth=1.0, marker=mark)
         logged += [*loss, *eval_loss]
         last = max((int(s.max()) for s in (steps, eval_steps) if len(s)), default=0)
         rates = _series(entries, "samples_per_s")[1]

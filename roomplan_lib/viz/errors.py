@@ -52,8 +52,8 @@ MEASURE_TITLES = {
     "num_missing": "objects missing per answer",
     "num_extra": "boxes too many per answer",
 }
-MARKERS = "o^Dvx"  # the first run, and the model, has squares
-CONTROLS = ("blind", "shuffled", "constant", "majority", "baseline")
+MARKERS = "o^Dvx+"  # the first run, and the model, has squares
+CONTROLS = ("blind", "shuffled", "constant", "majority", "baseline", "one_view")
 # Okabe and Ito's colours, each a second time with a hatch, since no palette has twelve that everybody can tell apart.
 CLASS_STYLES = {
     "right": ("#009E73", ""),

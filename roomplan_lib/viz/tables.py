@@ -84,6 +84,7 @@ SHOWN = {
     "baseline": "no model (median training box, commonest training answer)",
     "unconstrained": "model without the grammar",
     "shuffled": "shuffled (another scene's views)",
+    "one_view": "one view (the first)",
     "blind": "blind (no views)",
     "constant": "constant (median training box)",
     "majority": "majority (commonest training answer)",
@@ -93,7 +94,7 @@ SHOWN = {
     "noise_20cm": "truth moved by 20 cm",
     "quantised": "truth as text has it",
 }
-IN_FIGURE = ("model", "baseline", "shuffled", "blind", "constant", "majority")
+IN_FIGURE = ("model", "baseline", "one_view", "shuffled", "blind", "constant", "majority")
 
 
 def scores_table(scores: dict) -> str:

@@ -75,6 +75,15 @@ def cameras_to_pose_encoding(world_to_camera: Tensor, K: Tensor, image_size_hw: 
     )
 
 
+def camera_points(depth: Tensor, K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x, y, z [..., H, W] as the camera sees them, of depth [..., H, W] along its z and K [..., 3, 3] in pixels."""
+    depth = depth.to(torch.promote_types(depth.dtype, K.dtype))  # bfloat16 has no pixel 257
+    rows, columns = (torch.arange(count, device=depth.device, dtype=depth.dtype) for count in depth.shape[-2:])
+    K = K[..., None, None, :, :]
+    x = (columns - K[..., 0, 2]) / K[..., 0, 0] * depth
+    return x, (rows[:, None] - K[..., 1, 2]) / K[..., 1, 1] * depth, depth
+
+
 def unproject_depth(depth: Tensor, world_to_camera: Tensor, K: Tensor) -> Tensor:
     """World points [..., H, W, 3] of depth maps [..., H, W] or [..., H, W, 1], in the unit of depth and translation.
 
@@ -93,10 +102,6 @@ def unproject_depth(depth: Tensor, world_to_camera: Tensor, K: Tensor) -> Tensor
             "expected depth [..., H, W], world_to_camera [..., 3, 4] and K [..., 3, 3] with the same leading axes, "
             f"got {tuple(depth.shape)}, {tuple(world_to_camera.shape)}, {tuple(K.shape)}"
         )
-    rows, columns = (torch.arange(count, device=depth.device, dtype=depth.dtype) for count in depth.shape[-2:])
-    K = K[..., None, None, :, :]
-    x = (columns - K[..., 0, 2]) / K[..., 0, 0] * depth
-    y = (rows[:, None] - K[..., 1, 2]) / K[..., 1, 1] * depth
-    camera_points = torch.stack((x, y, depth), dim=-1)
+    points = torch.stack(camera_points(depth, K), dim=-1)
     rotation, translation = world_to_camera[..., None, :3, :3], world_to_camera[..., None, None, :3, 3]
-    return (camera_points - translation) @ rotation  # row vectors times R are columns under its transpose
+    return (points - translation) @ rotation  # row vectors times R are columns under its transpose

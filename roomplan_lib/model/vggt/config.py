@@ -41,6 +41,9 @@ class VGGTConfig:
     camera_trunk_depth: int = 4
     camera_num_heads: int = 16
     camera_iterations: int = 4  # refinements of the pose encoding
+    # Unit of depth, points and camera centres. 0 = as published: each set of views has its own, the mean distance of
+    # its points, and only known poses can tell it in metres.
+    metres_per_unit: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("head_layers", "dpt_out_channels"):
@@ -52,7 +55,9 @@ class VGGTConfig:
             value, expected = getattr(self, name), field.type
             if expected == "int" and (type(value) is not int or value < 1):
                 raise ValueError(f"VGGTConfig.{name}: expected a positive integer, got {value!r}")
-            if expected == "float" and (type(value) not in (int, float) or not 0 < value < float("inf")):
+            if expected == "float" and (type(value) not in (int, float) or not 0 <= value < float("inf")):
+                raise ValueError(f"VGGTConfig.{name}: expected a positive number, got {value!r}")
+            if expected == "float" and not value and name != "metres_per_unit":
                 raise ValueError(f"VGGTConfig.{name}: expected a positive number, got {value!r}")
             if expected == "bool" and type(value) is not bool:
                 raise ValueError(f"VGGTConfig.{name}: expected true or false, got {value!r}")

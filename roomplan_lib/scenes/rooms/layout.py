@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from roomplan_lib.scenes.rooms.furniture import Piece, build
+from roomplan_lib.scenes.rooms.furniture import COLORS, Piece, build
 from roomplan_lib.scenes.rooms.plan import (
     CELL,
     FIRST_DOOR_ID,
@@ -19,6 +19,19 @@ from roomplan_lib.scenes.rooms.shapes import PALETTE
 
 THEMES = ("bedroom", "living_room", "kitchen", "bathroom", "studio")
 MIN_OBJECTS, MAX_OBJECTS = 4, 10
+MIN_UNUSUAL, MAX_UNUSUAL = 11, 14
+KITCHEN_COLORS = ("white", "white", "gray", "brown", "green", "blue")
+SOFA_COLORS = tuple(color for color in PALETTE if color not in ("white", "black"))
+# Colours that a category has in no usual room. Of a television one sees the screen.
+UNUSUAL_COLORS = {
+    category: sorted(
+        {*PALETTE}
+        - {*usual}
+        - {"cabinet": {*KITCHEN_COLORS}, "sink": {*KITCHEN_COLORS}, "sofa": {*SOFA_COLORS}}.get(category, set())
+    )
+    for category, usual in COLORS.items()
+    if category != "tv_monitor"
+}
 
 
 @dataclass
@@ -49,10 +62,15 @@ class _Zone:
 
 @dataclass(eq=False)
 class Layout:
-    """A room being furnished, in the room frame."""
+    """A room being furnished, in the room frame.
+
+    unusual: outside of what other rooms are like: T- or Z-shaped, its furniture in colours that it never has elsewhere,
+    and more of it.
+    """
 
     rng: np.random.Generator
     theme: str
+    unusual: bool = False
     polygon: np.ndarray = field(init=False)
     openings: list[Opening] = field(init=False)
     placed: list[Placed] = field(init=False)
@@ -74,24 +92,71 @@ class Layout:
         )
         self.height = float(rng.uniform(2.4, 2.9))
         self.size = np.array([lx, ly])
-        self.notch = np.zeros(2)
+        if self.unusual:
+            self.size += (1.0, 0.8)
+            lx, ly = self.size
         shape_l = rng.random() < {"bathroom": 0.15, "studio": 0.6, "living_room": 0.5}.get(self.theme, 0.35)
-        polygon = np.array([[0, 0], [lx, 0], [lx, ly], [0, ly]])
-        if shape_l:
-            # A notch in the corner (lx, ly): the arms stay at least 1.9 m wide.
-            self.notch = np.array([rng.uniform(0.22, 0.42) * lx, rng.uniform(0.22, 0.42) * ly])
-            self.notch = np.minimum(self.notch, self.size - 1.9)
-            nx, ny = self.notch
-            polygon = np.array([[0, 0], [lx, 0], [lx, ly - ny], [lx - nx, ly - ny], [lx - nx, ly], [0, ly]])
-            corner = rectangle_corners(self.size - self.notch / 2, self.notch / 2 - 1e-6, 0.0)
-            self.solid.append(_Zone(corner, 0.0, self.height))
-        self.polygon = polygon
+        # Notches by the corner that they take, which side of x and of y; what is left stays at least 1.9 m wide.
+        corners = [(1, 1)] if shape_l else []
+        if self.unusual:
+            corners = [(1, 1), (0, 1) if rng.random() < 0.5 else (0, 0)]
+        self.notches: dict[tuple[int, int], np.ndarray] = {}
+        for corner in corners:
+            notch = np.array([rng.uniform(0.22, 0.42) * lx, rng.uniform(0.22, 0.42) * ly])
+            self.notches[corner] = notch = np.minimum(notch, (self.size - 1.9) / len(corners))
+            middle = np.where(corner, self.size - notch / 2, notch / 2)
+            self.solid.append(_Zone(rectangle_corners(middle, notch / 2 - 1e-6, 0.0), 0.0, self.height))
+        self.polygon = polygon = self._outline()
         ends = np.roll(polygon, -1, axis=0)
         self.wall_length = np.linalg.norm(ends - polygon, axis=1)
         self.wall_direction = (ends - polygon) / self.wall_length[:, None]
         self.wall_normal = np.stack([-self.wall_direction[:, 1], self.wall_direction[:, 0]], axis=1)  # into the room
         self.wall_yaw = np.arctan2(self.wall_direction[:, 1], self.wall_direction[:, 0])
         self._cut_openings()
+
+    def _outline(self) -> np.ndarray:
+        """[W, 2] corners of the floor, counter-clockwise."""
+        points: list[np.ndarray] = []
+        for corner in ((0, 0), (1, 0), (1, 1), (0, 1)):
+            at = self.size * corner
+            notch = self.notches.get(corner)
+            if notch is None:
+                points.append(at)
+                continue
+            inner = np.where(corner, self.size - notch, notch)
+            beside = [np.array([inner[0], at[1]]), np.array([at[0], inner[1]])]  # along x, along y
+            along_x_first = corner in ((1, 0), (0, 1))
+            points += [beside[0], inner, beside[1]] if along_x_first else [beside[1], inner, beside[0]]
+        return np.array(points)
+
+    def between_notches(self) -> tuple[np.ndarray, np.ndarray]:
+        """Lower and upper corner of a rectangle that no notch reaches into, by x or by y."""
+        low, high = np.zeros(2), self.size.copy()
+        for corner, notch in self.notches.items():
+            low = np.where(corner, low, np.maximum(low, notch))
+            high = np.where(corner, np.minimum(high, self.size - notch), high)
+        return low, high
+
+    def build(self, category: str, style: str = "", color: str = "") -> Piece:
+        """As `furniture.build`; in an unusual room in a colour of those."""
+        if self.unusual and category in UNUSUAL_COLORS:
+            color = str(self.rng.choice(UNUSUAL_COLORS[category]))
+        return build(category, self.rng, style, color)
+
+    def crowd(self) -> None:
+        """More furniture of any kind, against the walls and off them."""
+        kinds = sorted(COLORS)
+        for _ in range(60):
+            if len(self.placed) >= MAX_UNUSUAL:
+                return
+            kind = kinds[self.rng.integers(len(kinds))]
+            if kind == "tv_monitor":
+                continue
+            piece = self.build(kind)
+            if kind in ("stool", "chair", "table") and self.rng.random() < 0.5:
+                self.free(piece, border=0.6)
+            else:
+                self.at_wall(piece, front=0.3)
 
     def _cut_openings(self) -> None:
         rng = self.rng
@@ -148,7 +213,7 @@ class Layout:
         self, piece: Piece, xy, yaw: float, z: float = 0.0, front: float = 0.0, through_clear: bool = False
     ) -> Placed | None:
         """Put the piece there if it fits, with `front` metres before it left free; None if not."""
-        if len(self.placed) >= MAX_OBJECTS:
+        if len(self.placed) >= (MAX_UNUSUAL if self.unusual else MAX_OBJECTS):
             return None
         item = Placed(piece, np.array([*xy, z]), yaw)
         top = z + piece.size[2]
@@ -230,7 +295,7 @@ class Layout:
         order = self.rng.permutation(len(slots))
         for k in order[:count]:
             turn, share, side = slots[k]
-            piece = build(category, self.rng, style, color)
+            piece = self.build(category, style, color)
             c, s = np.cos(table.yaw), np.sin(table.yaw)
             reach = (d if turn == 0 else w) / 2 + piece.size[1] / 2 + self.rng.uniform(0.03, 0.16)
             local = np.array([share * w, side * reach]) if turn == 0 else np.array([side * reach, 0.0])
@@ -240,10 +305,16 @@ class Layout:
 
     def rectangle_list(self) -> list[tuple[float, float, float, float]]:
         """The floor as rectangles (x0, x1, y0, y1)."""
-        (lx, ly), (nx, ny) = self.size, self.notch
-        if nx == 0:
-            return [(0.0, lx, 0.0, ly)]
-        return [(0.0, lx, 0.0, ly - ny), (0.0, lx - nx, ly - ny, ly)]
+        lx, ly = self.size
+        levels = {0.0, ly} | {ly - notch[1] if corner[1] else notch[1] for corner, notch in self.notches.items()}
+        levels, found = sorted(levels), []
+        for y0, y1 in zip(levels[:-1], levels[1:], strict=True):
+            x0, x1 = 0.0, lx
+            for (right, upper), (nx, ny) in self.notches.items():
+                if (y1 > ly - ny) if upper else (y0 < ny):
+                    x0, x1 = (x0, min(x1, lx - nx)) if right else (max(x0, nx), x1)
+            found.append((x0, x1, y0, y1))
+        return found
 
     def walkable(self) -> np.ndarray | None:
         """[X, Y] bool, the largest free part of the floor in cells of `CELL`; None if there is no room to walk."""
@@ -253,38 +324,38 @@ class Layout:
 
 def _bedroom(room: Layout) -> None:
     rng = room.rng
-    bed = room.at_wall(build("bed", rng), front=0.35, corner=0.1)
+    bed = room.at_wall(room.build("bed"), front=0.35, corner=0.1)
     if bed is None:
         return
     color = str(rng.choice(["white", "brown", "brown", "gray", "black"]))
     for side in (-1, 1):
         if rng.random() < 0.7:
-            room.beside(bed, build("cabinet", rng, "nightstand", color), side)
-    room.at_wall(build("cabinet", rng, "wardrobe", color if rng.random() < 0.6 else ""), front=0.5, corner=0.6)
+            room.beside(bed, room.build("cabinet", "nightstand", color), side)
+    room.at_wall(room.build("cabinet", "wardrobe", color if rng.random() < 0.6 else ""), front=0.5, corner=0.6)
     extras = [lambda: _desk(room), lambda: _television(room, bed), lambda: _wall(room, "shelf", 0.4)]
     extras += [lambda: _wall(room, "cabinet", 0.4, "dresser"), lambda: _stool(room)]
-    extras += [lambda: room.at_wall(build("sofa", rng, "armchair"), front=0.3)]
+    extras += [lambda: room.at_wall(room.build("sofa", "armchair"), front=0.3)]
     for k in rng.permutation(len(extras))[: rng.integers(2, 6)]:
         extras[k]()
 
 
 def _living_room(room: Layout) -> None:
     rng = room.rng
-    color = str(rng.choice([c for c in PALETTE if c not in ("white", "black")]))
-    sofa = room.at_wall(build("sofa", rng, str(rng.choice(["two_seat", "three_seat"])), color), front=0.9, corner=0.05)
+    color = str(rng.choice(SOFA_COLORS))
+    sofa = room.at_wall(room.build("sofa", str(rng.choice(["two_seat", "three_seat"])), color), front=0.9, corner=0.05)
     if sofa is None:
         return
     _television(room, sofa)
     if rng.random() < 0.75:
-        coffee = build("table", rng, "coffee")
+        coffee = room.build("table", "coffee")
         room.before(sofa, coffee, rng.uniform(0.32, 0.42), 0.0, rng.uniform(-0.2, 0.2))
     if rng.random() < 0.5:
         _wall(room, "fireplace", 0.6)
     extras = [
         lambda: _wall(room, "shelf", 0.4),
-        lambda: room.at_wall(build("sofa", rng, "armchair", color if rng.random() < 0.6 else ""), front=0.3),
-        lambda: room.at_wall(build("sofa", rng, "two_seat", color), front=0.4),
-        lambda: room.beside(sofa, build("table", rng, "side"), int(rng.choice([-1, 1]))),
+        lambda: room.at_wall(room.build("sofa", "armchair", color if rng.random() < 0.6 else ""), front=0.3),
+        lambda: room.at_wall(room.build("sofa", "two_seat", color), front=0.4),
+        lambda: room.beside(sofa, room.build("table", "side"), int(rng.choice([-1, 1]))),
         lambda: _dining(room),
         lambda: _stool(room),
         lambda: _wall(room, "cabinet", 0.45, "sideboard"),
@@ -309,9 +380,9 @@ def _kitchen(room: Layout) -> None:
 
 def _bathroom(room: Layout) -> None:
     rng = room.rng
-    room.at_wall(build("bathtub", rng), front=0.4, corner=0.85)
-    room.at_wall(build("toilet", rng), front=0.45, corner=0.05)
-    room.at_wall(build("sink", rng, str(rng.choice(["vanity", "pedestal"]))), front=0.5, corner=0.05)
+    room.at_wall(room.build("bathtub"), front=0.4, corner=0.85)
+    room.at_wall(room.build("toilet"), front=0.45, corner=0.05)
+    room.at_wall(room.build("sink", str(rng.choice(["vanity", "pedestal"]))), front=0.5, corner=0.05)
     extras = [
         lambda: _wall(room, "washer", 0.5),
         lambda: _wall(room, "cabinet", 0.4, "nightstand"),
@@ -327,10 +398,10 @@ def _bathroom(room: Layout) -> None:
 def _studio(room: Layout) -> None:
     rng = room.rng
     _run(room, [str(u) for u in rng.permutation(["sink", "stove", "refrigerator"])][: rng.integers(2, 4)], uppers=False)
-    bed = room.at_wall(build("bed", rng), front=0.3, corner=0.5)
+    bed = room.at_wall(room.build("bed"), front=0.3, corner=0.5)
     facing = bed
     if rng.random() < 0.7:
-        sofa = room.at_wall(build("sofa", rng, str(rng.choice(["two_seat", "armchair"]))), front=0.5)
+        sofa = room.at_wall(room.build("sofa", str(rng.choice(["two_seat", "armchair"]))), front=0.5)
         facing = sofa or bed
     extras = [lambda: _dining(room), lambda: _desk(room), lambda: _wall(room, "shelf", 0.4), lambda: _stool(room)]
     extras += [lambda: _wall(room, "cabinet", 0.5, "wardrobe"), lambda: _wall(room, "washer", 0.5)]
@@ -351,25 +422,25 @@ FURNISH = {
 
 def _wall(room: Layout, category: str, front: float, style: str = "") -> Placed | None:
     corner = 0.05 if category == "fireplace" else 0.4
-    return room.at_wall(build(category, room.rng, style), front=front, corner=corner)
+    return room.at_wall(room.build(category, style), front=front, corner=corner)
 
 
 def _stool(room: Layout) -> None:
     if room.rng.random() < 0.5:
-        room.at_wall(build("stool", room.rng), gap=room.rng.uniform(0.05, 0.3))
+        room.at_wall(room.build("stool"), gap=room.rng.uniform(0.05, 0.3))
     else:
-        room.free(build("stool", room.rng))
+        room.free(room.build("stool"))
 
 
 def _desk(room: Layout) -> None:
     rng = room.rng
-    desk = room.at_wall(build("table", rng, "desk"), front=0.85)
+    desk = room.at_wall(room.build("table", "desk"), front=0.85)
     if desk is None:
         return
-    chair = build("chair", rng, "swivel" if rng.random() < 0.5 else "")
+    chair = room.build("chair", "swivel" if rng.random() < 0.5 else "")
     room.before(desk, chair, rng.uniform(0.02, 0.15), np.pi + rng.normal(0, 0.15), rng.uniform(-0.1, 0.1))
     if rng.random() < 0.6:
-        screen = build("tv_monitor", rng, "monitor")
+        screen = room.build("tv_monitor", "monitor")
         back = -desk.piece.size[1] / 2 + screen.size[1] / 2 + 0.04
         way = np.array([-np.sin(desk.yaw), np.cos(desk.yaw)])
         room.place(screen, desk.position[:2] + way * back, desk.yaw, z=desk.piece.size[2])
@@ -378,14 +449,14 @@ def _desk(room: Layout) -> None:
 def _dining(room: Layout) -> None:
     rng = room.rng
     big = room.size.min() > 3.6
-    table = room.free(build("table", rng, str(rng.choice(["dining", "round"])) if big else "round"), border=1.0)
+    table = room.free(room.build("table", str(rng.choice(["dining", "round"])) if big else "round"), border=1.0)
     if table is None:
-        table = room.at_wall(build("table", rng, "dining"), front=0.5)
+        table = room.at_wall(room.build("table", "dining"), front=0.5)
     if table is None:
         return
     category = "stool" if rng.random() < 0.2 else "chair"
     style = str(rng.choice(["round", "square"] if category == "stool" else ["slat", "panel", "upholstered"]))
-    color = build(category, rng).color
+    color = room.build(category).color
     room.seat_around(table, category, int(rng.integers(2, 5)), style, color)
 
 
@@ -402,14 +473,14 @@ def _television(room: Layout, seat: Placed) -> None:
         for shift in (0.0, 0.4, -0.4, 0.9, -0.9):
             at = along + shift if k in facing else room.wall_length[k] / 2 + shift
             if rng.random() < 0.55:
-                low = room.at_wall(build("cabinet", rng, "tv"), front=0.3, wall=k, at=at)
+                low = room.at_wall(room.build("cabinet", "tv"), front=0.3, wall=k, at=at)
                 if low is not None:
-                    screen = build("tv_monitor", rng, "stand")
+                    screen = room.build("tv_monitor", "stand")
                     while screen.size[0] > low.piece.size[0]:
-                        screen = build("tv_monitor", rng, "stand")
+                        screen = room.build("tv_monitor", "stand")
                     room.place(screen, low.position[:2], low.yaw, z=low.piece.size[2], through_clear=True)
                     return
-            screen = build("tv_monitor", rng, "wall")
+            screen = room.build("tv_monitor", "wall")
             if 0.3 < at - screen.size[0] / 2 and at + screen.size[0] / 2 < room.wall_length[k] - 0.1:
                 if room.at_wall(screen, wall=k, at=at, z=rng.uniform(1.0, 1.25), gap=0.013) is not None:
                     return
@@ -418,11 +489,11 @@ def _television(room: Layout, seat: Placed) -> None:
 def _run(room: Layout, units: list[str], uppers: bool = True) -> None:
     """Kitchen units side by side along the walls, longest stretch first, with cabinets above."""
     rng = room.rng
-    color = str(rng.choice(["white", "white", "gray", "brown", "green", "blue"]))
+    color = str(rng.choice(KITCHEN_COLORS))
     pieces = []
     for unit in units:
         style = {"cabinet": "base", "sink": "kitchen"}.get(unit, "")
-        pieces.append(build(unit, rng, style, color if unit in ("cabinet", "sink") else ""))
+        pieces.append(room.build(unit, style, color if unit in ("cabinet", "sink") else ""))
     order = np.argsort(-room.wall_length + rng.uniform(0, 1.0, len(room.wall_length)))
     for k in order:
         at = 0.025
@@ -435,7 +506,7 @@ def _run(room: Layout, units: list[str], uppers: bool = True) -> None:
             at += piece.size[0] + 0.018
             pieces.pop(0)
             if uppers and piece.size[2] < 0.95 and rng.random() < 0.35 and piece.label != "stove":
-                upper = build("cabinet", rng, "upper", color)
+                upper = room.build("cabinet", "upper", color)
                 room.at_wall(upper, wall=int(k), at=at - 0.009 - piece.size[0] / 2, z=rng.uniform(1.42, 1.5), gap=0.006)
         if not pieces:
             return

@@ -5,23 +5,26 @@ from __future__ import annotations
 import numpy as np
 
 from roomplan_lib.geometry import OrientedBox, rotation_z
-from roomplan_lib.scenes.rooms.layout import FURNISH, MIN_OBJECTS, THEMES, Layout
+from roomplan_lib.scenes.rooms.layout import FURNISH, MIN_OBJECTS, MIN_UNUSUAL, THEMES, Layout
 from roomplan_lib.scenes.rooms.plan import Room, RoomObject, room_rng, scene_id_of
 from roomplan_lib.scenes.rooms.shapes import FaceCollector
 from roomplan_lib.scenes.rooms.structure import build_structure
 
 
-def make_room(seed: int, index: int) -> Room:
+def make_room(seed: int, index: int, unusual: bool = False) -> Room:
     """Room `index` of the collection `seed`: the same numbers give the same room, whatever else was made before.
 
+    unusual: of a shape, of colours and with a number of objects that no other room has, for tests of what was learned.
     Raises ValueError for a negative seed or an index outside 0..9999.
     """
     if seed < 0 or not 0 <= index < 10_000:
         raise ValueError(f"make_room: expected seed >= 0 and 0 <= index < 10000, got seed {seed}, index {index}")
     for attempt in range(100):
-        layout = Layout(room_rng(seed, index, 0, attempt), THEMES[_theme_order(seed, index)])
+        layout = Layout(room_rng(seed, index, 0, attempt), THEMES[_theme_order(seed, index)], unusual)
         FURNISH[layout.theme](layout)
-        if MIN_OBJECTS <= len(layout.placed) and layout.walkable() is not None:
+        if unusual:
+            layout.crowd()
+        if (MIN_UNUSUAL if unusual else MIN_OBJECTS) <= len(layout.placed) and layout.walkable() is not None:
             return _assemble(layout, seed, index)
     raise AssertionError(f"no furnished room after 100 attempts: seed {seed}, index {index}")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import shapely
 from scipy import ndimage
 
 from roomplan_lib.geometry import OrientedBox
@@ -115,9 +116,7 @@ def walkable_grid(polygon: np.ndarray, footprints: list[np.ndarray]) -> np.ndarr
     size = polygon.max(axis=0)
     x, y = (np.arange(int(np.ceil(n / CELL))) * CELL + CELL / 2 for n in size)
     points = np.stack(np.meshgrid(x, y, indexing="ij"), axis=-1)
-    free = (points < size).all(axis=-1)
-    if len(polygon) == 6:
-        free &= (points < polygon[3]).any(axis=-1)
+    free = shapely.contains_xy(shapely.Polygon(polygon), points[..., 0], points[..., 1])
     for corners in footprints:
         inside = np.ones(free.shape, dtype=bool)
         for k in range(4):

@@ -64,7 +64,8 @@ def build_structure(layout: Layout, builder: FaceCollector) -> list[Light]:
         if sofa is not None and sofa.piece.label == "sofa":
             at = sofa.position[:2] + np.array([-np.sin(sofa.yaw), np.cos(sofa.yaw)]) * (sofa.piece.size[1] / 2 + 0.6)
         half = rng.uniform((0.8, 0.55), (1.2, 0.8))
-        half = np.minimum(half, np.minimum(at, layout.size - layout.notch - at) - 0.1)
+        low, high = layout.between_notches()
+        half = np.minimum(half, np.minimum(at - low, high - at) - 0.1)
         if half.min() > 0.35:
             color = vary(rng, str(rng.choice(list(PALETTE)[2:])))
             cloth = material(

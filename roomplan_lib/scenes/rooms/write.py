@@ -37,12 +37,14 @@ def write_rooms(
     image_size: tuple[int, int] = (256, 192),
     workers: int | None = None,
     progress: bool = True,
+    unusual: bool = False,
 ) -> list[Path]:
     """Write procedural rooms 0 .. num_rooms - 1 of a seed under `output` in the ARKitScenes 3DOD layout.
 
     num_poses: posed views per room, 10 a second. frame_rate: pictures per second, a multiple of 10; only every
     (frame_rate / 10)th has a pose. image_size: (width, height) in pixels. workers: processes, None for one per core;
-    a script that starts more than one needs the `if __name__ == "__main__":` guard. Every fifth room is Validation.
+    a script that starts more than one needs the `if __name__ == "__main__":` guard. Every fifth room is Validation;
+    unusual rooms (see `make_room`), which are there to test on, are all.
 
     Returns the scene folders in order. A room that is there already with the same settings is kept; each is built
     beside its place and renamed when whole. The same arguments give the same bytes.
@@ -58,8 +60,9 @@ def write_rooms(
     for index in range(num_rooms):
         settings = room_settings(
             seed, index, num_poses=int(num_poses), frame_rate=float(frame_rate), image_size=[int(n) for n in image_size]
-        )
-        rooms.append((output / _fold(index) / scene_id_of(seed, index), settings))
+        ) | ({"unusual": True} if unusual else {})
+        fold = "Validation" if unusual or held_out(index) else "Training"
+        rooms.append((output / fold / scene_id_of(seed, index), settings))
     write_collection(rooms, _make_and_write, workers, progress)
     folders = [folder for folder, _ in rooms]
     if num_rooms:
@@ -67,16 +70,12 @@ def write_rooms(
     return folders
 
 
-def _fold(index: int) -> str:
-    return "Validation" if held_out(index) else "Training"
-
-
 def _make_and_write(folder: Path, settings: dict) -> None:
     """Everything goes under a temporary name beside `folder`, renamed at the end."""
     from roomplan_lib.scenes.rooms.camera import camera_path  # Open3D takes a second to import
     from roomplan_lib.scenes.rooms.render import RoomRenderer
 
-    room = make_room(settings["seed"], settings["index"])
+    room = make_room(settings["seed"], settings["index"], settings.get("unusual", False))
     renderer = RoomRenderer(room)
     size, num_poses = tuple(settings["image_size"]), settings["num_poses"]
     per_pose = round(settings["frame_rate"] / POSE_RATE)

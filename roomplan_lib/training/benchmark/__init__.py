@@ -80,11 +80,15 @@ GOALS = (
     ("loop", "ours", "overhead_ms", "", "at most", 2.0),
     ("head", "ours", "step_cpu_s", "HF Trainer", "at most", 1 / 6),
     ("head", "ours", "memory_above_start_gb", "HF Trainer", "at most", 0.4),
+    ("cache", "cached", "samples_per_cpu_s", "live", "at least", 5.0),
 )
+TINY = "papermill_runs/params/tiny.yaml"
+# The tiny stage that has a cache: its encoder is frozen and deep enough for one. Of the part `cache`.
+TINY_CACHED = "papermill_runs/params/tiny_rooms.yaml"
 
 
 def benchmark_training(
-    stage: str | Path = "papermill_runs/params/tiny.yaml",
+    stage: str | Path | None = None,
     *,
     parts: Sequence[str] = tuple(VARIANTS),
     steps: int = 40,
@@ -98,7 +102,8 @@ def benchmark_training(
 ) -> Iterator[dict]:
     """One row per variant: medians over `rounds` processes, and ratios to the first variant of its part.
 
-    stage: the settings that are trained with, on `num_rooms` procedural rooms that are made for it, whatever its files.
+    stage: the settings that are trained with, on `num_rooms` procedural rooms that are made for it, whatever its files;
+    None = TINY, in the part `cache` TINY_CACHED. In fp32, but for the part `cache`, which keeps the stage's bf16.
     parts: of VARIANTS. steps: measured in each process, after WINDOW that are not. threads: of each process.
     text: sizes of the parts `peers` and `head`, see `peers.TextSizes`. device: cuda for those two parts on a GPU, where
     the wall times count.
@@ -119,16 +124,20 @@ def benchmark_training(
         raise ValueError(f"device: expected cpu or cuda, got {device!r}")
     if device == "cuda" and (others := [part for part in parts if part not in ON_GPU]):
         raise ValueError(f"device: {', '.join(others)} run on the CPU; on a GPU there are {', '.join(ON_GPU)}")
-    config = load_run_config(stage)
+    configs = {part: load_run_config(stage or (TINY_CACHED if part == "cache" else TINY)) for part in parts}
     machine = describe_machine(threads, device)
     chosen = [(part, variant) for part in parts for variant in VARIANTS[part]]
     with tempfile.TemporaryDirectory(dir=folder, prefix="benchmark_training_") as scratch:
         place, measured = Path(scratch), []
-        few = _on_own_rooms(config, place / "few", num_rooms, device) if {*parts} - {"groups"} else None
-        many = _on_own_rooms(config, place / "many", max(num_rooms, MANY_ROOMS)) if "groups" in parts else None
+        few = _make_rooms(place / "few", num_rooms) if {*parts} - {"groups"} else {}
+        many = _make_rooms(place / "many", max(num_rooms, MANY_ROOMS)) if "groups" in parts else {}
         total = len(chosen) * rounds
         with tqdm(total=total, desc="benchmark", unit="process", disable=not progress) as bar:
             for part in parts:
+                config = _on_rooms(configs[part], many if part == "groups" else few, device)
+                if part == "cache":  # both of its variants as the stage trains; others are set beside fp32 peers
+                    bf16 = configs[part].training.bf16
+                    config = dataclasses.replace(config, training=dataclasses.replace(config.training, bf16=bf16))
                 results: dict[str, list[dict]] = {variant: [] for variant in VARIANTS[part]}
                 for number in range(rounds):
                     for variant in VARIANTS[part]:
@@ -136,7 +145,7 @@ def benchmark_training(
                         job = {
                             "part": part,
                             "variant": variant,
-                            "config": to_dict(many if part == "groups" else few),
+                            "config": to_dict(config),
                             "window": 1 if part in STEP_BY_STEP else WINDOW,
                             "steps": steps // 10 if variant in STEP_BY_STEP.get(part, ()) else steps,
                             "text": (HEAD_SIZES if part == "head" else {}) | (text or {}),
@@ -149,7 +158,7 @@ def benchmark_training(
                 measured += rows
                 yield from (row | machine for row in rows)
         yield from (row | machine for row in reached(measured))
-        if {"groups", "checkpoint"} & {*parts} and FULL_STAGE.is_file():
+        if {"groups", "cache", "checkpoint"} & {*parts} and FULL_STAGE.is_file():
             yield full_size_row() | machine
 
 
@@ -182,13 +191,17 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def _on_own_rooms(config: RunConfig, place: Path, num_rooms: int, device: str = "cpu") -> RunConfig:
-    """The settings with training files of rooms that are rendered below `place`, one process."""
+def _make_rooms(place: Path, num_rooms: int) -> dict[str, Path]:
+    """Samples files of procedural rooms that are rendered below `place`."""
     from roomplan_lib.samples.prepare import prepare_arkitscenes
     from roomplan_lib.scenes.rooms import write_rooms
 
     write_rooms(place / "rooms", num_rooms, seed=0, num_poses=10)
-    files = prepare_arkitscenes(place / "rooms", place / "samples", num_views=8, progress=False)
+    return prepare_arkitscenes(place / "rooms", place / "samples", num_views=8, progress=False)
+
+
+def _on_rooms(config: RunConfig, files: dict[str, Path], device: str) -> RunConfig:
+    """The settings with these training files, one process and an encoder of random weights, which cost the same."""
     return dataclasses.replace(
         config,
         data=dataclasses.replace(
@@ -199,6 +212,7 @@ def _on_own_rooms(config: RunConfig, place: Path, num_rooms: int, device: str = 
             num_workers=0,
             features=FeaturesConfig(),
         ),
+        model=dataclasses.replace(config.model, vggt_weights=""),
         training=dataclasses.replace(config.training, start_from="", device=device, bf16=False),
         distributed=dataclasses.replace(config.distributed, strategy="ddp", num_processes=1, offload="none"),
     )

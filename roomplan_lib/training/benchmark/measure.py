@@ -178,10 +178,11 @@ def _bare_loop(trainer: RoomPlanTrainer, batches: Iterator[dict]) -> dict:
 def measure_cache(config: RunConfig, job: dict) -> dict:
     """Training on a frozen encoder that runs in every step, and on its outputs from the cache, filled before.
 
-    `cache` has the stage's sizes, `miniature` those of MINIATURE.
+    `cache` has the stage's sizes, `miniature` those of MINIATURE; in both each question has views of its own.
     """
     if job["part"] == "miniature":
         config = miniature(config)
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, group_size=1))
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, freeze_vggt=True))
     seconds = 0.0
     if job["variant"] == "cached":
