@@ -450,6 +450,24 @@ def test_a_checkpoint_is_on_the_disk_before_an_older_one_goes(config, monkeypatc
     )
 
 
+def test_the_model_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    checkpoint, folder, flushed, fsync = tmp_path / "checkpoint-3", tmp_path / "model", [], os.fsync
+    checkpoint.mkdir()
+    for name in ("config.json", "model.safetensors", checkpoint_module.STATE):
+        (checkpoint / name).write_text(name)
+
+    def flush(descriptor):
+        flushed.append((os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")), folder.exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    checkpoint_module.copy_model_folder(checkpoint, folder)
+    before = [(name, False) for name in ("config.json", "model.safetensors", ".model.partial")]
+    assert sorted(flushed[:-1]) == sorted(before) and flushed[-1] == (tmp_path.name, True)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-3", "model"]
+    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
+
+
 # ---------------------------------------------------------------------------- bad steps, dead processes
 @pytest.mark.parametrize("value, what", [(float("nan"), "the loss is nan"), (float("inf"), "the loss is inf")])
 def test_a_loss_that_is_no_number_names_its_samples(config, monkeypatch, value, what):

@@ -74,7 +74,7 @@ def benchmark_commands(folder, *arguments):
 
 
 def test_rows_of_the_benchmark_differ_in_what_they_are_named_after(tmp_path, monkeypatch):
-    """papermill_runs/tiny_benchmark.sh: equal budget and data, one thing changed in each row."""
+    """papermill_runs/tiny_benchmark.sh: one thing changed in each row, and the steps where rooms are counted."""
     commands, done = benchmark_commands(tmp_path, "--stages")
     assert done.returncode == 0, done.stderr
     (tmp_path / "papermill_runs").mkdir()
@@ -90,8 +90,9 @@ def test_rows_of_the_benchmark_differ_in_what_they_are_named_after(tmp_path, mon
     learned = {name: keys - shown for name, keys in changes.items() if not name.endswith("_unusual")}
     assert learned == {
         "seed1": {"seed"}, "seed2": {"seed"}, "base": {"model.positions.method"}, "sin3d": {"model.positions.method"},
-        "places": {"model.resampler.num_latents"}, "no_geometry": {"model.geometry.num_tokens"},
-        "random": {"model.vggt_weights"},
+        "rooms60": {"data.train_files", "training.max_steps"}, "rooms240": {"data.train_files", "training.max_steps"},
+        "rooms1920": {"training.max_steps"}, "places": {"model.resampler.num_latents"},
+        "no_geometry": {"model.geometry.num_tokens"}, "random": {"model.vggt_weights"},
         "end_to_end": {
             "model.freeze_vggt", "data.features.folder", "data.features.resident", "training.encoder_learning_rate"
         },
@@ -356,15 +357,18 @@ def strategy(config):
     class DeepSpeed:
         @staticmethod
         def initialize(**given):
+            assert os.environ["LOCAL_RANK"] == "0"
             raise Asked(given["config"]["zero_optimization"])
 
     samples, tokenizer, model = parts_of(config)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_import_deepspeed", lambda device: DeepSpeed)
+        patch.delenv("LOCAL_RANK", raising=False)
         group = module.Processes(torch.device("cpu"))
         try:
             made = module.make_strategy(config, model, trainer_module.parameter_groups(model, config), group)
         except Asked as asked:
+            assert "LOCAL_RANK" not in os.environ, "what runs next in this process would wait for a group"
             return str(asked)
         return type(made).__name__
 
