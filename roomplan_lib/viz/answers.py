@@ -32,7 +32,7 @@ from roomplan_lib.evaluation import read_manifest
 from roomplan_lib.evaluation.box_metrics import NEARLY_SQUARE, cheapest_pairs
 from roomplan_lib.evaluation.errors import PLANE_M, RIGHT_IOU, error_table
 from roomplan_lib.evaluation.layout_metrics import layout_rectangles, match_rectangles, plane_rectangle, rectangle_iou
-from roomplan_lib.evaluation.rows import find_predictions
+from roomplan_lib.evaluation.rows import find_predictions, run_names
 from roomplan_lib.evaluation.scores import is_action_row, read_predictions
 from roomplan_lib.evaluation.text_metrics import match_words, normalise_answer
 from roomplan_lib.files import write_whole
@@ -339,7 +339,7 @@ def load_answers(sources: str | Path | Sequence[str | Path] | dict[str, str | Pa
     if not named:
         raise ValueError("no predictions to show: name a run folder or a predictions.jsonl")
     files = find_predictions(named)
-    names = tuple(sources) if isinstance(sources, dict) else _names(files)
+    names = tuple(sources) if isinstance(sources, dict) else tuple(run_names(files))
     rows = [read_predictions(file) for file in files]
     if empty := [file for file, part in zip(files, rows, strict=True) if not part]:
         raise ValueError(f"{empty[0]}: holds no prediction; predict again")
@@ -371,17 +371,6 @@ def load_answers(sources: str | Path | Sequence[str | Path] | dict[str, str | Pa
         np.array([_category(answer) for answer in first], dtype=object),
         [_search_text(part) for part in answers],
     )  # fmt: skip
-
-
-def _names(files: Sequence[Path]) -> tuple[str, ...]:
-    """Run folders' names, with the file's where that is another than predictions.jsonl or two would be the same."""
-    names = [file.absolute().parent.name for file in files]
-    stems = [
-        name if file.name == "predictions.jsonl" else f"{name}/{file.stem}"
-        for name, file in zip(names, files, strict=True)
-    ]
-    counts = Counter(stems)
-    return tuple(name if counts[name] == 1 else f"{name} ({k})" for k, name in enumerate(stems, 1))
 
 
 def _pair_errors(answers: Sequence[Answer]) -> list[dict[str, np.ndarray]]:
