@@ -241,7 +241,10 @@ def check_weights(config: RunConfig) -> Iterator[Check]:
             yield Check("weights", "fail", f"{setting}: {source} is not there", "name a file, a folder or a hub id")
     start_from = config.training.start_from
     if start_from and not any(p.exists() for p in (Path(start_from), Path(config.runs_dir) / start_from)):
-        yield Check("weights", "fail", f"training.start_from: {start_from} is not there", "train that run first")
+        from roomplan_lib.model.pretrained import SHIPPED
+
+        if start_from not in SHIPPED:
+            yield Check("weights", "fail", f"training.start_from: {start_from} is not there", "train that run first")
 
 
 def check_processes(config: RunConfig) -> Check:

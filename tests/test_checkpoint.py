@@ -35,6 +35,7 @@ from roomplan_lib.training.collator import Sample, load_samples
 from roomplan_lib.training.consolidate import consolidate
 from roomplan_lib.training.metrics import read_metrics
 from roomplan_lib.training.run import load_model_folder, make_collator, make_model, make_tokenizer, train
+from roomplan_lib.training.start import start_folder
 from roomplan_lib.training.status import Preempted
 from roomplan_lib.training.strategy import Replicated
 
@@ -607,6 +608,21 @@ def test_a_run_starts_from_what_another_has_learned(config, tmp_path, capsys):
     shutil.rmtree(first)  # a run that goes on has all it needs
     train(change(second, training={"max_steps": 2, "start_from": "first"}))
     assert "starts from" in capsys.readouterr().out
+
+
+def test_a_run_starts_from_the_model_that_comes_with_the_package(tmp_path):
+    """With the encoder that it holds, on other rooms; a folder of that name comes first."""
+    shipped, tokenizer = load_model_folder("roomplan-tiny")
+    stage = load_run_config(PROJECT / "papermill_runs" / "params" / "tiny_more.yaml")
+    start = {"start_from": "roomplan-tiny", "device": "cpu"}
+    stage = change(stage, runs_dir=str(tmp_path), training=start, model={"vggt_weights": ""})
+    own_tokenizer = make_tokenizer(stage, [])
+    assert own_tokenizer.get_vocab() == tokenizer.get_vocab()
+    state = make_model(stage, own_tokenizer).state_dict()
+    assert all(torch.equal(value.float(), state[key].float()) for key, value in shipped.state_dict().items())
+    (tmp_path / "roomplan-tiny").mkdir()
+    (tmp_path / "roomplan-tiny" / "model.safetensors").touch()
+    assert start_folder(stage) == tmp_path / "roomplan-tiny"
 
 
 def test_parts_that_the_former_run_lacks_are_new_and_all_else_must_fit(config, capsys):

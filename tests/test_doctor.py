@@ -83,6 +83,8 @@ def test_missing_weights(tiny_config, tmp_path, monkeypatch):
     assert check.status == "fail" and "training.start_from: never_trained" in check.found
     (tmp_path / "never_trained").mkdir()  # runs_dir of tiny_config is tmp_path
     assert list(doctor.check_weights(start)) == []
+    shipped = dataclasses.replace(start.training, start_from="roomplan-tiny")
+    assert list(doctor.check_weights(dataclasses.replace(start, training=shipped))) == []
 
 
 def test_kernels_follow_the_rule_of_cuda():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from roomplan_lib.config import ModelConfig, RunConfig, parse, to_dict
+from roomplan_lib.model.pretrained import SHIPPED
 from roomplan_lib.model.vlm import RoomPlanConfig, RoomPlanVLM
 from roomplan_lib.training.checkpoint import load_tensors
 
@@ -18,9 +19,12 @@ LANGUAGE_MODEL = (
 
 def start_folder(config: RunConfig) -> Path:
     """The model folder that `training.start_from` means, looked for below runs_dir and from here: a run's, or itself a
-    model folder or checkpoint. ValueError when there is no trained model."""
+    model folder or checkpoint; else the model of that name that comes with the package. ValueError when there is no
+    trained model."""
     name = config.training.start_from
     tried = [Path(config.runs_dir) / Path(name).expanduser(), Path(name).expanduser()]
+    if name in SHIPPED:
+        tried.append(SHIPPED[name])
     for folder in tried:
         for candidate in (folder / "model", folder):
             if (candidate / "model.safetensors").is_file():
