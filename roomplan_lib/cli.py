@@ -619,12 +619,19 @@ def score(
 @command
 def compare(
     predictions: Annotated[list[Path], typer.Argument(help="Folders of runs, or predictions files.")],
+    curves: Annotated[Path | None, typer.Option(help="Picture of the runs' training curves to write.")] = None,
 ) -> None:
     """Scores of several runs' predictions beside one another, a table per task."""
     from roomplan_lib.evaluation.rows import file_scores, find_predictions, run_names
-    from roomplan_lib.viz import runs_table
+    from roomplan_lib.training.metrics import read_metrics
+    from roomplan_lib.viz import curve_figure, runs_table
 
     files = run_names(find_predictions(predictions))
+    if curves is not None:
+        metrics = {name: read_metrics(file.parent / "metrics.jsonl") for name, file in files.items()}
+        if without := [file.parent for name, file in files.items() if not metrics[name]]:
+            raise ValueError(f"{without[0]}: no metrics.jsonl there, so no curve; name folders of trained runs")
+        curve_figure(metrics).savefig(curves)
     print(runs_table({name: file_scores(file) for name, file in files.items()}))
 
 

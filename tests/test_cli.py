@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 from typer.testing import CliRunner
 
 from roomplan_lib.cli import app
@@ -79,6 +80,11 @@ def test_train_predict_score_from_the_shell(tiny_config, tmp_path):
     assert both.exit_code == 0, both.output
     assert "| `test` " in both.output and "| `test_base_tokens-3` " in both.output
     assert "no predictions there" in run("compare", tmp_path).stderr
+    curves = tmp_path / "curves.png"
+    assert f"{folder}: no metrics.jsonl" in run("compare", folder, "--curves", curves).stderr and not curves.exists()
+    assert run("compare", Path(tiny_config.runs_dir) / "test", "--curves", curves).exit_code == 0
+    with Image.open(curves) as picture:
+        assert picture.size[0] > 1000
 
 
 def test_notebook_runs_under_papermill(tiny_config, tmp_path):
