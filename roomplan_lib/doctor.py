@@ -240,10 +240,10 @@ def check_weights(config: RunConfig) -> Iterator[Check]:
         else:
             yield Check("weights", "fail", f"{setting}: {source} is not there", "name a file, a folder or a hub id")
     start_from = config.training.start_from
-    if start_from and not any(p.exists() for p in (Path(start_from), Path(config.runs_dir) / start_from)):
-        from roomplan_lib.model.pretrained import SHIPPED
+    if start_from:
+        from roomplan_lib.training.start import start_places
 
-        if start_from not in SHIPPED:
+        if not any(place.exists() for place in start_places(config)):
             yield Check("weights", "fail", f"training.start_from: {start_from} is not there", "train that run first")
 
 

@@ -17,14 +17,18 @@ LANGUAGE_MODEL = (
 )  # fmt: skip
 
 
-def start_folder(config: RunConfig) -> Path:
-    """The model folder that `training.start_from` means, looked for below runs_dir and from here: a run's, or itself a
-    model folder or checkpoint; else the model of that name that comes with the package. ValueError when there is no
-    trained model."""
+def start_places(config: RunConfig) -> list[Path]:
+    """What `training.start_from` may mean, in the order in which it is tried: below runs_dir, from here, and the model
+    of that name that comes with the package."""
     name = config.training.start_from
-    tried = [Path(config.runs_dir) / Path(name).expanduser(), Path(name).expanduser()]
-    if name in SHIPPED:
-        tried.append(SHIPPED[name])
+    places = [Path(config.runs_dir) / Path(name).expanduser(), Path(name).expanduser()]
+    return [*places, SHIPPED[name]] if name in SHIPPED else places
+
+
+def start_folder(config: RunConfig) -> Path:
+    """The model folder that `training.start_from` means: a run's, or itself a model folder or checkpoint. ValueError
+    when there is no trained model."""
+    name, tried = config.training.start_from, start_places(config)
     for folder in tried:
         for candidate in (folder / "model", folder):
             if (candidate / "model.safetensors").is_file():
