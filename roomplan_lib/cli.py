@@ -623,14 +623,16 @@ def compare(
 ) -> None:
     """Scores of several runs' predictions beside one another, a table per task."""
     from roomplan_lib.evaluation.rows import file_scores, find_predictions, run_names
-    from roomplan_lib.training.metrics import read_metrics
     from roomplan_lib.viz import curve_figure, runs_table
 
     files = run_names(find_predictions(predictions))
     if curves is not None:
+        from roomplan_lib.training.metrics import read_metrics
+
         metrics = {name: read_metrics(file.parent / "metrics.jsonl") for name, file in files.items()}
         if without := [file.parent for name, file in files.items() if not metrics[name]]:
             raise ValueError(f"{without[0]}: no metrics.jsonl there, so no curve; name folders of trained runs")
+        curves.parent.mkdir(parents=True, exist_ok=True)
         curve_figure(metrics).savefig(curves)
     print(runs_table({name: file_scores(file) for name, file in files.items()}))
 

@@ -198,7 +198,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    # Run name, run folder, model folder, checkpoint, or roomplan-tiny: whose trained weights this run starts from.
+    # Run name, run folder, model folder, checkpoint or roomplan-tiny, whose weights this run starts from; "" = none.
     start_from: str = ""
     max_steps: int = 600  # optimizer steps
     micro_batch_size: int = 64  # samples per process and forward pass

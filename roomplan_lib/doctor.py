@@ -239,12 +239,13 @@ def check_weights(config: RunConfig) -> Iterator[Check]:
                 yield Check("weights", status, found, f"hf download {source}, where there is a network")
         else:
             yield Check("weights", "fail", f"{setting}: {source} is not there", "name a file, a folder or a hub id")
-    start_from = config.training.start_from
-    if start_from:
-        from roomplan_lib.training.start import start_places
+    if config.training.start_from:
+        from roomplan_lib.training.start import start_folder
 
-        if not any(place.exists() for place in start_places(config)):
-            yield Check("weights", "fail", f"training.start_from: {start_from} is not there", "train that run first")
+        try:
+            start_folder(config)
+        except ValueError as error:
+            yield Check("weights", "fail", str(error), "train that run first")
 
 
 def check_processes(config: RunConfig) -> Check:

@@ -610,17 +610,32 @@ def test_a_run_starts_from_what_another_has_learned(config, tmp_path, capsys):
     assert "starts from" in capsys.readouterr().out
 
 
-def test_a_run_starts_from_the_model_that_comes_with_the_package(tmp_path):
-    """With the encoder that it holds, on other rooms; a folder of that name comes first."""
+def test_a_run_starts_from_the_model_that_comes_with_the_package(tmp_path, monkeypatch):
+    """With the encoder that it holds, for which the stage names no other weights; a folder of that name comes first."""
+    monkeypatch.chdir(tmp_path)
     shipped, tokenizer = load_model_folder("roomplan-tiny")
-    stage = load_run_config(PROJECT / "papermill_runs" / "params" / "tiny_more.yaml")
+    stage = load_run_config(PROJECT / "papermill_runs" / "params" / "tiny_plans.yaml")
     start = {"start_from": "roomplan-tiny", "device": "cpu"}
     stage = change(stage, runs_dir=str(tmp_path), training=start, model={"vggt_weights": ""})
     own_tokenizer = make_tokenizer(stage, [])
     assert own_tokenizer.get_vocab() == tokenizer.get_vocab()
     state = make_model(stage, own_tokenizer).state_dict()
     assert all(torch.equal(value.float(), state[key].float()) for key, value in shipped.state_dict().items())
+
+    encoder = shipped.encoder.to(torch.bfloat16)
+    encoder.save_pretrained(tmp_path / "same")
+    made = make_model(change(stage, model={"vggt_weights": "same"}), own_tokenizer)
+    assert "encoder" in made.config.references  # not kept a second time
+    with torch.no_grad():
+        next(encoder.parameters()).add_(1)
+    encoder.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="encoder is in it with other weights than those of .*other; name no pre"):
+        make_model(change(stage, model={"vggt_weights": "other"}), own_tokenizer)
+
     (tmp_path / "roomplan-tiny").mkdir()
+    (tmp_path / "roomplan-tiny" / "run.yaml").touch()
+    with pytest.raises(ValueError, match="the run roomplan-tiny is not finished"):
+        start_folder(stage)
     (tmp_path / "roomplan-tiny" / "model.safetensors").touch()
     assert start_folder(stage) == tmp_path / "roomplan-tiny"
 

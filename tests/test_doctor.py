@@ -82,6 +82,10 @@ def test_missing_weights(tiny_config, tmp_path, monkeypatch):
     (check,) = doctor.check_weights(start)
     assert check.status == "fail" and "training.start_from: never_trained" in check.found
     (tmp_path / "never_trained").mkdir()  # runs_dir of tiny_config is tmp_path
+    (tmp_path / "never_trained" / "run.yaml").touch()
+    (check,) = doctor.check_weights(start)
+    assert check.status == "fail" and "never_trained is not finished" in check.found
+    (tmp_path / "never_trained" / "model.safetensors").touch()
     assert list(doctor.check_weights(start)) == []
     shipped = dataclasses.replace(start.training, start_from="roomplan-tiny")
     assert list(doctor.check_weights(dataclasses.replace(start, training=shipped))) == []

@@ -619,8 +619,11 @@ def test_the_newest_run_is_looked_at_and_a_baseline_only_where_there_is_none(tmp
     assert find_predictions([runs / "old", new]) == [old, new]
     with pytest.raises(ValueError, match="nowhere"):
         find_predictions([runs / "nowhere"])
-    names = run_names([old, new, runs / "new" / "predictions_blind.jsonl", tmp_path / "other" / "new" / old.name])
-    assert list(names) == ["old", "new", "predictions_blind", "new_predictions"]
+    blind, weights = runs / "new" / "predictions_blind.jsonl", runs / "new" / "predictions" / "base" / old.name
+    names = run_names([old, new, blind, weights, tmp_path / "other" / "new" / old.name, new])
+    assert list(names) == ["old", "new", "new_blind", "new_base", "other_new", f"{runs.name}_new"]
+    names = run_names([tmp_path / "a" / "mine.jsonl", tmp_path / "b" / "mine.jsonl", tmp_path / "b" / "mine.jsonl"])
+    assert list(names) == ["mine", "b_mine", "mine_3"]
 
 
 def test_scores_of_a_file_are_those_kept_beside_it_or_counted(tmp_path):

@@ -54,18 +54,22 @@ def test_the_stages_are_there():
         assert load_run_config(path).run_name == name
 
 
-def benchmark_commands(folder, *arguments):
+def benchmark_commands(folder, *arguments, stopped=""):
     """What papermill_runs/tiny_benchmark.sh asks of `roomplan`, one list a command, and how the script ended.
 
     The command that it finds is one of the shell's own that writes down what it was asked, then prints a path, which
-    `stage` does: no environment's scripts are needed.
+    `stage` does: no environment's scripts are needed. stopped: the row whose training ends as one that was stopped.
     """
     asked, command = folder / "asked", folder / "bin" / "roomplan"
     asked.touch()
     command.parent.mkdir(exist_ok=True)
-    command.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" END >> {asked}\n[ "$1" != stage ] || echo "$3/$4/stage.yaml"\n')
+    command.write_text(
+        f'#!/bin/sh\nprintf "%s\\n" "$@" END >> {asked}\n[ "$1" != stage ] || echo "$3/$4/stage.yaml"\n'
+        f'case "$1 $2" in "train "*"/run_name={stopped or "none"}/"*) exit 75;; esac\n'
+    )
     command.chmod(0o755)
     variables = os.environ | {"PATH": f"{command.parent}{os.pathsep}{os.environ['PATH']}"}
+    variables.pop("ROOMPLAN_DATA", None)
     script = ["bash", FOLDER.parent / "tiny_benchmark.sh", *arguments]
     done = subprocess.run(script, cwd=folder, env=variables, capture_output=True, text=True)
     commands = [words.splitlines() for words in asked.read_text().split("END\n") if words]
@@ -84,37 +88,66 @@ def test_rows_of_the_benchmark_differ_in_what_they_are_named_after(tmp_path, mon
         written = CliRunner().invoke(app, command)
         assert command[0] == "stage" and written.exit_code == 0, written.output
     stages = {path.parent.name: load_run_config(path) for path in tmp_path.rglob("stage.yaml")}
-    ours = stages.pop("ours")
-    changes = {name: set(changed_settings(ours, stage)) - {"run_name"} for name, stage in stages.items()}
-    shown = {"data.eval_files", "prediction.num_scenes", "prediction.controls"}
-    learned = {name: keys - shown for name, keys in changes.items() if not name.endswith("_unusual")}
-    assert learned == {
-        "seed1": {"seed"}, "seed2": {"seed"}, "base": {"model.positions.method"}, "sin3d": {"model.positions.method"},
-        "rooms60": {"data.train_files", "training.max_steps"}, "rooms240": {"data.train_files", "training.max_steps"},
-        "rooms1920": {"training.max_steps"}, "places": {"model.resampler.num_latents"},
-        "no_geometry": {"model.geometry.num_tokens"}, "random": {"model.vggt_weights"},
+    recipe, ours = load_run_config(STAGES["tiny_rooms"]), stages["ours"]
+    steps = {"training.max_steps": (11_000, 1_300), "training.eval_every_steps": (1_000, 325)}
+    folder = (recipe.runs_dir, "papermill_runs/tiny_benchmark")
+    assert changed_settings(recipe, ours) == {"run_name": ("tiny_rooms", "ours"), "runs_dir": folder} | steps
+
+    def learned(name):
+        changed = changed_settings(ours, stages[name])
+        shown = ("run_name", "data.eval_files", "prediction.num_scenes", "prediction.controls")
+        return {key: values[1] for key, values in changed.items() if key not in shown}
+
+    def files(folder, split):
+        return [f"data/processed/{folder}/{kind}_{split}.jsonl" for kind in ("anchors", "qa", "lists", "negatives")]
+
+    assert list(recipe.data.train_files) == files("rooms2400", "train")
+    longer = {"training.max_steps": 2_600}
+    expected = {
+        "ours": {}, "seed1": {"seed": 1}, "seed2": {"seed": 2},
+        "sin3d": {"model.positions.method": "sin3d_pe"}, "base": {"model.positions.method": "base"},
+        "places": {"model.resampler.num_latents": 192}, "no_geometry": {"model.geometry.num_tokens": 0},
+        "random": {"model.vggt_weights": ""},
         "end_to_end": {
-            "model.freeze_vggt", "data.features.folder", "data.features.resident", "training.encoder_learning_rate"
+            "model.freeze_vggt": False, "data.features.folder": "", "data.features.resident": "none",
+            "training.encoder_learning_rate": 3e-4,
         },
+        "rooms60": longer | {"data.train_files": files("rooms75", "train")},
+        "rooms240": longer | {"data.train_files": files("rooms300", "train")},
+        "rooms1920": longer,
     }  # fmt: skip
-    for name, keys in changes.items():
-        if name.endswith("_unusual"):
-            row = name.removesuffix("_unusual")
-            assert "data.eval_files" in keys and keys - shown == learned.get(row, set())
+    assert stages.keys() == {*expected, *(f"{row}_unusual" for row in expected)}
+    for row, changes in expected.items():
+        assert learned(row) == learned(f"{row}_unusual") == changes
+        assert list(stages[row].data.eval_files) == files("rooms2400", "val")
+        assert stages[row].prediction.num_scenes == 60
+        unusual = stages[f"{row}_unusual"]
+        assert list(unusual.data.eval_files) == files("unusual60", "val") and unusual.prediction.num_scenes == 0
 
 
 def test_rows_of_the_benchmark_are_trained_answered_and_compared(tmp_path):
     """Each with its own stage, the unusual rooms answered by the row's model; a table of all rows comes last."""
+    runs = "papermill_runs/tiny_benchmark"
+    for name in ("rooms2400/{}_train", "rooms2400/{}_val", "unusual60/{}_val"):
+        for kind in ("anchors", "qa", "lists", "negatives"):
+            path = tmp_path / "data" / "processed" / f"{name.format(kind)}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
     commands, done = benchmark_commands(tmp_path, "ours", "base")
     assert done.returncode == 0, done.stderr
-    runs = "papermill_runs/tiny_benchmark"
+    asked = []
     for row in ("ours", "base"):
         usual, unusual = (f"runs_dir={runs}/run_name={name}/stage.yaml" for name in (row, f"{row}_unusual"))
-        assert ["train", usual] in commands and ["predict", usual] in commands
-        assert ["predict", unusual, "--checkpoint", f"{runs}/{row}/model"] in commands
-    assert [command[0] for command in commands] == [*["stage", "stage", "train", "predict", "predict"] * 2, "compare"]
+        weights = ["--checkpoint", f"{runs}/{row}/model"]
+        asked += [["train", usual], ["predict", usual], ["predict", unusual, *weights]]
     unusual = [f"{runs}/{row}_unusual/predictions/model" for row in ("ours", "base")]
-    assert commands[-1][1:] == [f"{runs}/ours", f"{runs}/base", *unusual]
+    assert [command[0] for command in commands[:4]] == ["stage"] * 4
+    assert commands[4:] == [*asked, ["compare", f"{runs}/ours", f"{runs}/base", *unusual]]
+    commands, done = benchmark_commands(tmp_path, "ours", "base", stopped="ours")
+    assert done.returncode == 75 and commands[4:] == asked[:1]
+    commands, done = benchmark_commands(tmp_path, "ours", "rooms60")
+    assert done.returncode == 1 and "data/processed/rooms75/anchors_train.jsonl is missing" in done.stderr
+    assert {command[0] for command in commands} == {"stage"}  # found out before ours is trained
     unknown, done = benchmark_commands(tmp_path, "ours", "none")
     assert done.returncode == 2 and "no row none; known: ours" in done.stderr and not unknown
 

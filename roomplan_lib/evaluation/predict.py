@@ -443,7 +443,9 @@ def find_weights(config: RunConfig, checkpoint: str | Path | None) -> Path | Non
     if checkpoint == "base":
         return None
     if checkpoint is not None:
-        folder = SHIPPED.get(str(checkpoint), Path(checkpoint))
+        folder = Path(checkpoint)
+        if not folder.exists():
+            folder = SHIPPED.get(str(checkpoint), folder)
         if not (folder / "model.safetensors").is_file():
             raise ValueError(f"{checkpoint}: no model here, model.safetensors is missing")
         return folder

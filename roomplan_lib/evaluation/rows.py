@@ -141,14 +141,17 @@ def find_predictions(
 
 
 def run_names(files: Sequence[Path]) -> dict[str, Path]:
-    """Predictions files by what to call them: the run's folder (of other weights than its own, <run>_<weights>), the
-    file's own name, or both where those are taken."""
+    """Predictions files by what to call them: the run's folder (with what other weights or controls they are of), or
+    the file's own name where that is no run's; before it the folder above where that is taken."""
     named: dict[str, Path] = {}
     for file in files:
         place, stem = file.absolute().parent, file.stem
-        folder = f"{place.parents[1].name}_{place.name}" if place.parent.name == "predictions" else place.name
-        choices = (folder if stem == "predictions" else stem, f"{folder}_{stem}", f"{folder}_{stem}_{len(named)}")
-        named[next(name for name in choices if name not in named)] = file
+        run = place.parents[1] if place.parent.name == "predictions" else place
+        is_runs = stem == "predictions" or stem.startswith("predictions_")
+        parts = (run.name, *([] if run is place else [place.name]), *stem.split("_", 1)[1:])
+        name = "_".join(parts) if is_runs else stem
+        choices = (name, f"{(run.parent if is_runs else run).name}_{name}", f"{name}_{len(named) + 1}")
+        named[next(choice for choice in choices if choice not in named)] = file
     return named
 
 

@@ -290,7 +290,7 @@ def open_run(config: RunConfig, world_size: int = 0) -> int:
         raise ValueError(f"{run_dir} was made from other samples than {changed}; choose another run_name or delete it")
     record = surroundings() | {"samples": samples}
     record |= {"global_batch_size": batch_size} if batch_size else {}
-    if training.start_from:
+    if training.start_from and world_size:  # whoever only predicts, with weights from elsewhere, need not have it
         record["started_from"] = old_record.get("started_from") or _started_from(config)
     if "model_sha256" in old_record:
         record["model_sha256"] = old_record["model_sha256"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from roomplan_lib.config import ModelConfig, RunConfig, parse, to_dict
 from roomplan_lib.model.pretrained import SHIPPED
 from roomplan_lib.model.vlm import RoomPlanConfig, RoomPlanVLM
@@ -17,18 +19,14 @@ LANGUAGE_MODEL = (
 )  # fmt: skip
 
 
-def start_places(config: RunConfig) -> list[Path]:
-    """What `training.start_from` may mean, in the order in which it is tried: below runs_dir, from here, and the model
-    of that name that comes with the package."""
-    name = config.training.start_from
-    places = [Path(config.runs_dir) / Path(name).expanduser(), Path(name).expanduser()]
-    return [*places, SHIPPED[name]] if name in SHIPPED else places
-
-
 def start_folder(config: RunConfig) -> Path:
-    """The model folder that `training.start_from` means: a run's, or itself a model folder or checkpoint. ValueError
+    """The model folder that `training.start_from` means, looked for below runs_dir and from here: a run's, or itself a
+    model folder or checkpoint; where nothing is there, the model of that name that comes with the package. ValueError
     when there is no trained model."""
-    name, tried = config.training.start_from, start_places(config)
+    name = config.training.start_from
+    tried = [Path(config.runs_dir) / Path(name).expanduser(), Path(name).expanduser()]
+    if name in SHIPPED and not any(folder.exists() for folder in tried):
+        return SHIPPED[name]
     for folder in tried:
         for candidate in (folder / "model", folder):
             if (candidate / "model.safetensors").is_file():
@@ -69,6 +67,15 @@ def load_start(model: RoomPlanVLM, folder: Path) -> None:
         f"{key} has shape {list(value.shape)} there, {list(state[key][1].shape)} here"
         for key, value in given.items()
         if key in state and state[key][1].shape != value.shape
+    ]
+    problems += [
+        f"{part} is in it with other weights than those of {reference['source']}; name no pretrained weights for it"
+        for part, reference in model.config.references.items()
+        if any(
+            not torch.equal(state[key][1].to(value.device, value.dtype), value)
+            for key, value in given.items()
+            if _part(key) == part and key in state and state[key][1].shape == value.shape
+        )
     ]
     if problems:
         more = f" and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
